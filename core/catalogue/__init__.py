@@ -1,0 +1,1 @@
+"""LoRAs and models that jobs may name."""

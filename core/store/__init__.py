@@ -1,0 +1,1 @@
+"""Object storage: a local directory, or S3."""

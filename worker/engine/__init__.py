@@ -1,0 +1,1 @@
+"""A model on a device, and the bytes of an image."""

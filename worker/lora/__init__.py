@@ -1,0 +1,1 @@
+"""LoRA files: read, resolved against a model, fused into its weights."""
