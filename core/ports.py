@@ -55,14 +55,15 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """One line of the worker registry."""
+    """One line of the worker registry. ``None`` in what ``see_worker`` is given leaves that field as it was."""
 
     id: str
     pool: str
     busy: bool = False
-    fused: str = ""
-    """Group whose weights are fused."""
-    model: str = ""
+    fused: str | None = None
+    """Group whose weights are fused; the worker's child tells it."""
+    model: str | None = None
+    """Digest of the model that is loaded."""
     seen_ms: int = 0
 
 
@@ -251,6 +252,10 @@ class Catalogue(Protocol):
 
     def get_model(self, name: str) -> ModelRecord:
         """Find a model by name. Raises ``UnknownModel``."""
+        ...
+
+    def get_model_version(self, digest: str) -> ModelRecord:
+        """Find a model by its content, also after its name was given to another. Raises ``UnknownModel``."""
         ...
 
     def list_models(self) -> Iterable[ModelRecord]:

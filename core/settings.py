@@ -31,7 +31,7 @@ class Settings(BaseSettings):
     """A lease not renewed for this long is taken back."""
     slack: float = Field(default=64 * 20 * 512 * 512, ge=0)
     """How much later work, in cost units (steps × pixels × images), may overtake a job."""
-    max_attempts: int = Field(default=3, ge=1)
+    max_attempts: int = Field(default=5, ge=1)
     retry_base_s: float = Field(default=2.0, gt=0)
     """Delay before the first retry; doubled for each further one, with jitter."""
     retry_max_s: float = Field(default=60.0, gt=0)
@@ -82,10 +82,15 @@ class Settings(BaseSettings):
     """How long one Celery task goes on taking batches before it makes room for a new one."""
     job_timeout_s: float = Field(default=600.0, gt=0)
     """Longest run of one batch."""
+    worker_metrics_host: str = "127.0.0.1"
     worker_metrics_port: int = Field(default=9808, ge=0, le=65_535)
     """Prometheus port of a worker; 0 = any free one."""
+    worker_metrics_host: str = "127.0.0.1"
+    """Address that a worker's metrics are served on."""
     engine: str = "diffusers"
     """``diffusers``, or ``noop`` for load tests of everything around it."""
+    drain_file: Path | None = None
+    """Set by a worker's parent for its child: once this file exists, the child takes no more work."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of torch; 0 = torch's own choice."""
 

