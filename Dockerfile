@@ -3,7 +3,7 @@
 #   docker build --target api    -t fuseline-api .
 #   docker build --target worker -t fuseline-worker .
 #
-# Another torch: --build-arg TORCH_INDEX_URL=<an index of torch wheels>, --build-arg TORCH="torch==<version>".
+# Another torch: --build-arg TORCH_INDEX=<an index of torch wheels>, --build-arg TORCH="torch==<version>".
 # The same Python as the tests run on.
 ARG PYTHON_TAG=3.11-slim-bookworm
 
@@ -33,11 +33,11 @@ FROM build AS build-api
 RUN pip install --no-cache-dir --constraint constraints.txt .
 
 FROM build AS build-worker
-ARG TORCH_INDEX_URL=""
+ARG TORCH_INDEX=""
 ARG TORCH=""
 RUN sed --in-place "s|^torch==.*|${TORCH:-&}|" constraints.txt \
-    && pip install --no-cache-dir --constraint constraints.txt \
-        ${TORCH_INDEX_URL:+--extra-index-url "${TORCH_INDEX_URL}"} ".[worker]"
+    && pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} --constraint constraints.txt torch
+RUN pip install --no-cache-dir --constraint constraints.txt ".[worker]"
 
 FROM base AS api
 COPY --from=build-api /opt/venv /opt/venv
@@ -56,7 +56,6 @@ FROM base AS worker
 COPY --from=build-worker /opt/venv /opt/venv
 COPY core core
 COPY worker worker
-COPY cli cli
 # Weights come from the store alone: no library may fetch any from elsewhere.
 ENV FUSELINE_WORKER_METRICS_HOST=0.0.0.0 \
     FUSELINE_WORKER_METRICS_PORT=9808 \

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
+from anyio import to_thread
 from fastapi import FastAPI, Request
 
 from api import problems
@@ -14,6 +17,9 @@ from core.events import SubmitRejected
 
 API_VERSION = "1"
 
+THREADS = 128
+"""Requests that may wait for Redis or the store at once. When Redis hangs, so many get their 503 together."""
+
 
 def create_app(context: Context) -> FastAPI:
     """Build the application. It holds nothing but what the context brings."""
@@ -22,6 +28,7 @@ def create_app(context: Context) -> FastAPI:
         summary="A job queue that makes images with diffusion models and LoRA files.",
         version=API_VERSION,
         redirect_slashes=False,
+        lifespan=_with_threads,
     )
     app.state.context = context
     for router in ROUTERS:
@@ -36,6 +43,12 @@ def create_app(context: Context) -> FastAPI:
     problems.install(app, on_refusal)
     _document_problems(app)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _with_threads(_app: FastAPI) -> AsyncIterator[None]:
+    to_thread.current_default_thread_limiter().total_tokens = THREADS
+    yield
 
 
 def _document_problems(app: FastAPI) -> None:

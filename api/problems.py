@@ -7,7 +7,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,7 +19,7 @@ from core.errors import FuselineError, InvalidRequest
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 2
-"""What a 429 or 503 asks callers to wait."""
+"""How long callers are asked to wait before they try again what may succeed later."""
 
 STATUS: Mapping[str, int] = MappingProxyType(
     {
@@ -33,6 +33,7 @@ STATUS: Mapping[str, int] = MappingProxyType(
         "queue_full": 429,
         "queue_unavailable": 503,
         "store_unavailable": 503,
+        "store_denied": 503,
     }
 )
 """Status by error code. Any other code is 422 when the client must change something, else 500."""
@@ -110,7 +111,7 @@ def of_error(error: FuselineError, instance: str) -> Problem:
 
 def response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
     """Make the HTTP answer."""
-    wait = {"Retry-After": str(RETRY_AFTER_S)} if problem.status in {429, 503} else {}
+    wait = {"Retry-After": str(RETRY_AFTER_S)} if problem.retryable else {}
     challenge = {"WWW-Authenticate": "Bearer"} if problem.status == 401 else {}  # noqa: PLR2004 - RFC 9110, 15.5.2
     # what a client sent is told back to it, so it may be text that UTF-8 cannot write
     body = json.dumps(problem.model_dump(exclude_defaults=True), ensure_ascii=False).encode(errors="replace")
@@ -126,6 +127,12 @@ def responses(*errors: type[FuselineError]) -> dict[int | str, dict[str, Any]]:
     return described
 
 
+TOO_LARGE: Final[dict[int | str, dict[str, Any]]] = {
+    413: {"model": Problem, "description": "`request_too_large` The body is larger than the service takes"}
+}
+"""What a route that takes a body may answer besides."""
+
+
 def install(app: FastAPI, on_refusal: Callable[[Request, str], None]) -> None:
     """Answer every failure of the app with a problem; ``on_refusal`` hears the request and the code."""
 
@@ -136,7 +143,8 @@ def install(app: FastAPI, on_refusal: Callable[[Request, str], None]) -> None:
     async def fuseline_error(request: Request, error: FuselineError) -> Response:
         problem = of_error(error, request.url.path)
         if problem.incident:
-            _log.error("incident %s: %s: %s", problem.incident, error.code, error)
+            level = logging.WARNING if error.retryable else logging.ERROR
+            _log.log(level, "incident %s: %s: %s", problem.incident, error.code, error)
         return answer(request, problem)
 
     async def validation_error(request: Request, error: RequestValidationError) -> Response:

@@ -179,7 +179,7 @@ def _sheet_rows(jobs: Sequence[DemoJob]) -> list[tuple[str, list[tuple[str, Path
     rows = []
     for demo_set in SETS:
         own = sorted((job for job in jobs if job.demo_set == demo_set), key=lambda job: job.body["seed"])
-        rows.append((demo_set.label, [(str(job.view["prompt"]), path) for job in own for path in job.files]))
+        rows.append((demo_set.label, [(str(job.view["request"]["prompt"]), path) for job in own for path in job.files]))
     return rows
 
 

@@ -20,14 +20,17 @@ from cli.demo import run_demo
 from cli.stack import Stack, interruptible
 from core.catalogue.redis import RedisCatalogue
 from core.errors import FuselineError
+from core.samplers import SAMPLERS
+from core.settings import Settings
 from core.store.open import open_store
 
 app = typer.Typer(help="Fuseline: a job queue that makes images with diffusion models and LoRAs.", no_args_is_help=True)
 console = Console()
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "shapes"
+SHAPES = Path(__file__).resolve().parent.parent / "examples" / "shapes"
 MODEL = "shapes"
 
+Bundle = Annotated[Path, typer.Option(help="Folder with model/ (diffusers layout) and loras/.")]
 Workers = Annotated[int, typer.Option("--workers", "-w", min=1, help="Worker processes.", envvar="WORKERS")]
 
 
@@ -36,10 +39,11 @@ def demo(
     workers: Workers = 1,
     out: Annotated[Path, typer.Option(help="Where pictures and report go; emptied first.")] = Path("out"),
     directory: Annotated[Path, typer.Option("--dir", help="State of the stack; emptied first.")] = Path("var/demo"),
+    bundle: Bundle = SHAPES,
 ) -> None:
     """Run the main job on an embedded stack: jobs in, pictures out, and what grouping saved."""
     shutil.rmtree(directory, ignore_errors=True)
-    with _stack(Stack(directory, workers)) as stack:
+    with _stack(Stack(directory, workers), bundle) as stack:
         run_demo(stack, MODEL, out, console)
     console.print(f"pictures: {out}/*.png   sheet: {out}/sheet.png   report: {out}/report.json")
 
@@ -49,9 +53,10 @@ def serve(
     workers: Workers = 1,
     port: Annotated[int, typer.Option(help="Port of the API; 0 = any free one.")] = 8000,
     directory: Annotated[Path, typer.Option("--dir", help="State of the stack; kept.")] = Path("var/serve"),
+    bundle: Bundle = SHAPES,
 ) -> None:
     """Run the embedded stack until Ctrl-C, and print its URLs."""
-    with _stack(Stack(directory, workers, api_port=port)) as stack:
+    with _stack(Stack(directory, workers, api_port=port), bundle) as stack:
         console.print(
             f"API       {stack.api_url}/v1/jobs   docs {stack.api_url}/docs   metrics {stack.api_url}/metrics"
         )
@@ -60,7 +65,7 @@ def serve(
         console.print(
             f"Valkey    {stack.valkey.url}\nstore     {stack.store_url}\nlogs      {stack.directory / 'logs'}"
         )
-        console.print(f"model     {MODEL} with LoRAs {', '.join(path.stem for path in _loras())}")
+        console.print(f"model     {MODEL} with LoRAs {', '.join(path.stem for path in _loras(bundle))}")
         console.print(
             f"try       curl -s {stack.api_url}/v1/jobs -H 'content-type: application/json' "
             f"""-d '{{"model": "{MODEL}", "prompt": "a red circle on a blue background <lora:stripes:1>"}}'""",
@@ -74,17 +79,45 @@ def serve(
         raise typer.Exit(1)
 
 
+@app.command("add-model")
+def add_model(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint in diffusers layout.", exists=True, file_okay=False)],
+    name: Annotated[str, typer.Argument(help="Name that jobs will use; an older model of that name is replaced.")],
+    steps: Annotated[int, typer.Option(help="Default steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="Default guidance scale.")] = 7.0,
+    sampler: Annotated[str, typer.Option(help="Default sampler.")] = "DPM++ 2M",
+    size: Annotated[int, typer.Option(help="Default width and height, in pixels.")] = 512,
+    pool: Annotated[str, typer.Option(help="Pool whose workers serve it.")] = "default",
+) -> None:
+    """Upload a model to the store of this deployment and enter it into the catalogue."""
+    if sampler not in SAMPLERS:
+        console.print(f"[red]unknown sampler {sampler!r}; known are {', '.join(SAMPLERS)}")
+        raise typer.Exit(2)
+    settings = Settings()
+    store = open_store(
+        settings.store_url, s3_endpoint=settings.s3_endpoint, s3_region=settings.s3_region, public_url=""
+    )
+    defaults = {"steps": steps, "guidance": guidance, "sampler": sampler, "width": size, "height": size, "pool": pool}
+    try:
+        with redis.Redis.from_url(settings.redis_url) as client:
+            record = register_model(store, RedisCatalogue(client), folder, name, **defaults)
+    except FuselineError as error:
+        console.print(f"[red]{error.code}: {error}")
+        raise typer.Exit(1) from error
+    console.print(f"{name}: {len(record.files)} files, digest {record.digest[:12]}, pool {pool}")
+
+
 @contextmanager
-def _stack(stack: Stack) -> Iterator[Stack]:
-    """Run a stack that knows the bundled model and LoRAs; stop it whatever happens."""
+def _stack(stack: Stack, bundle: Path) -> Iterator[Stack]:
+    """Run a stack that knows the bundle's model and LoRAs; stop it whatever happens."""
     try:
         with interruptible():
             try:
                 console.print(f"starting Valkey, the API and {stack.workers} worker(s) in {stack.directory} …")
                 stack.start_valkey()
-                _register_bundle(stack)
+                _register_model(stack, bundle)
                 stack.start()
-                _register_loras(stack)
+                _register_loras(stack, bundle)
                 yield stack
             finally:
                 stack.stop()
@@ -96,13 +129,13 @@ def _stack(stack: Stack) -> Iterator[Stack]:
         raise typer.Exit(1) from error
 
 
-def _register_bundle(stack: Stack) -> None:
+def _register_model(stack: Stack, bundle: Path) -> None:
     store = open_store(stack.store_url)
     with redis.Redis.from_url(stack.valkey.url) as client:
         register_model(
             store,
             RedisCatalogue(client),
-            EXAMPLES / "model",
+            bundle / "model",
             MODEL,
             steps=12,
             guidance=3.0,
@@ -112,18 +145,18 @@ def _register_bundle(stack: Stack) -> None:
             size_multiple=8,
             max_pixels=256 * 256,
         )
-    for path in _loras():
+    for path in _loras(bundle):
         store.put_file(f"public/loras/{path.name}", path, "application/octet-stream")
 
 
-def _register_loras(stack: Stack) -> None:
-    for path in _loras():
+def _register_loras(stack: Stack, bundle: Path) -> None:
+    for path in _loras(bundle):
         body = {"name": path.stem, "key": f"public/loras/{path.name}"}
         httpx.post(f"{stack.api_url}/v1/loras", json=body, timeout=30).raise_for_status()
 
 
-def _loras() -> list[Path]:
-    return sorted((EXAMPLES / "loras").glob("*.safetensors"))
+def _loras(bundle: Path) -> list[Path]:
+    return sorted((bundle / "loras").glob("*.safetensors"))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,6 @@ class Settings(BaseSettings):
     """How long one Celery task goes on taking batches before it makes room for a new one."""
     job_timeout_s: float = Field(default=600.0, gt=0)
     """Longest run of one batch."""
-    worker_metrics_host: str = "127.0.0.1"
     worker_metrics_port: int = Field(default=9808, ge=0, le=65_535)
     """Prometheus port of a worker; 0 = any free one."""
     worker_metrics_host: str = "127.0.0.1"

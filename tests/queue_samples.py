@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from core.job import JobResult, JobSpec, NewJob
 from core.lora import LoraRef, LoraSet
-from core.ports import Clock, JobQueue
+from core.ports import Clock
 
 POOL = "default"
 COST = 64
@@ -38,20 +36,6 @@ class Tokens:
 
     def __call__(self) -> str:
         return f"t{next(self.numbers)}"
-
-
-class MakeQueue(Protocol):
-    """Makes a queue with settings of its own."""
-
-    def __call__(
-        self,
-        *,
-        slack: float = ...,
-        max_queued_per_tenant: int = ...,
-        result_ttl_s: float = ...,
-        now_ms: Callable[[], int],
-        observe: Callable[[object], None] = ...,
-    ) -> JobQueue: ...
 
 
 def spec(letter: str = "a", *, steps: int = 1) -> JobSpec:

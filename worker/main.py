@@ -20,6 +20,7 @@ from celery.signals import worker_process_init, worker_ready, worker_shutting_do
 from core.catalogue.redis import RedisCatalogue
 from core.errors import FuselineError
 from core.events import Event
+from core.ports import Observer
 from core.queue.connection import check_server, connect
 from core.queue.redis import RedisQueue
 from core.queue.tickets import WORKER_FLAGS, TicketOffice, make_celery, queue_name
@@ -35,18 +36,8 @@ _log = logging.getLogger("worker")
 
 
 @worker_process_init.connect
-def _install(**_: Any) -> None:
-    """Tell the child how its runner is made."""
-    child.build = build_runner
-
-
-def build_runner() -> Callable[[], int]:
-    """Make the child's runner; return the function that takes batches until there is no work."""
-    # torch and diffusers take seconds to import, and only the child needs them
-    from worker.cache.files import FileCache  # noqa: PLC0415
-    from worker.device import Device  # noqa: PLC0415
-    from worker.runner import Runner, RunnerSettings  # noqa: PLC0415
-
+def _start_child(**_: Any) -> None:
+    """Serve the child's metrics from its first moment, and say how its runner is made."""
     settings = Settings()
     configure(settings.log_level, json_lines=settings.log_json)
     metrics, log = Metrics(pools=[settings.pool]), EventLog()
@@ -56,6 +47,16 @@ def build_runner() -> Callable[[], int]:
     def observe(event: Event) -> None:
         metrics(event)
         log(event)
+
+    child.build = lambda: build_runner(settings, observe)
+
+
+def build_runner(settings: Settings, observe: Observer) -> Callable[[], int]:
+    """Make the child's runner; return the function that takes batches until there is no work."""
+    # torch and diffusers take seconds to import, and only the child needs them
+    from worker.cache.files import FileCache  # noqa: PLC0415
+    from worker.device import Device  # noqa: PLC0415
+    from worker.runner import Runner, RunnerSettings  # noqa: PLC0415
 
     client = connect(settings.redis_url, timeout_s=settings.redis_timeout_s)
     queue = RedisQueue(client, slack=settings.slack, result_ttl_s=settings.result_ttl_s, observe=observe)
@@ -96,14 +97,14 @@ def main() -> int:
         try:
             parent = _build_parent(settings, name, broker_url, drain_file)
         except FuselineError as error:
-            _log.error("%s: %s", error.code, error)  # noqa: TRY400 - the message says what to do
+            _log.error("%s: %s", error.code, error)
             return 1
         app = make_celery(broker_url, settings.pool)
         app.conf.include = ["worker.main"]
         app.conf.task_time_limit = settings.ticket_budget_s + 2 * settings.job_timeout_s
         worker_ready.connect(lambda **_: parent.start(), weak=False)
         worker_shutting_down.connect(lambda **_: parent.drain(), weak=False)
-        arguments = ["worker", *WORKER_FLAGS, "-Q", queue_name(settings.pool), "-n", f"{name}@%h", "--quiet"]
+        arguments = ["worker", *WORKER_FLAGS, "-Q", queue_name(settings.pool), "-n", f"{name}@%h"]
         try:
             app.worker_main(arguments)
         except SystemExit as ended:

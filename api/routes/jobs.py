@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Response, status
 
 from api.context import Caller, Context, Parts
-from api.problems import FieldProblem, FieldsInvalid, responses
+from api.problems import TOO_LARGE, FieldProblem, FieldsInvalid, responses
 from api.resolve import resolve
 from api.schemas import Accepted, ImageView, JobView, ResolvedJob, SubmitRequest
 from core.errors import (
@@ -36,7 +36,7 @@ _SUBMIT_ERRORS = (InvalidRequest, InvalidPromptTag, IdempotencyConflict, Unknown
 @router.post(
     "",
     status_code=status.HTTP_202_ACCEPTED,
-    responses=responses(Unauthorized, QueueUnavailable, *_SUBMIT_ERRORS),
+    responses=responses(Unauthorized, QueueUnavailable, *_SUBMIT_ERRORS) | TOO_LARGE,
 )
 def submit_job(
     asked: SubmitRequest,

@@ -7,7 +7,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Response, status
 
 from api.context import Caller, Context, Parts
-from api.problems import responses
+from api.problems import TOO_LARGE, responses
 from api.registration import examine
 from api.schemas import LoraList, LoraView, RegisterRequest
 from core.catalogue.records import LoraRecord
@@ -42,6 +42,7 @@ def list_loras(tenant: Caller, context: Parts) -> LoraList:
     responses=responses(
         *(Unauthorized, QueueUnavailable, StoreUnavailable, InvalidRequest, InvalidKey, NameTaken, *_FILE_ERRORS)
     )
+    | TOO_LARGE
     | {200: {"model": LoraView, "description": "The same file had that name already; its settings are renewed."}},
 )
 def register_lora(asked: RegisterRequest, tenant: Caller, context: Parts, response: Response) -> LoraView:

@@ -308,9 +308,13 @@ class MemoryQueue:
             return len(due)
 
     def see_worker(self, info: WorkerInfo, *, ttl_s: float) -> None:
-        """Enter or renew a worker in the registry."""
+        """Enter or renew a worker in the registry; what is ``None`` stays as it was."""
         with self._lock:
             now = self._now_ms()
+            was, until_ms = self._workers.get(info.id, (info, now))
+            if until_ms > now:
+                fused = was.fused if info.fused is None else info.fused
+                info = replace(info, fused=fused, model=was.model if info.model is None else info.model)
             self._workers[info.id] = (replace(info, seen_ms=now), now + round(ttl_s * 1000))
 
     def forget_worker(self, worker: str) -> None:

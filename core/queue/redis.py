@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,7 +117,9 @@ class RedisQueue:
 
     def heartbeat(self, fence: str, *, lease_s: float, progress: Mapping[str, float]) -> frozenset[str]:
         """Renew a lease, store progress (0 to 1 by job id), and learn which of its jobs are to be cancelled."""
-        steps = [part for job_id, done in progress.items() for part in (job_id, float(done))]
+        steps: list[str | float] = []
+        for job_id, done in progress.items():
+            steps += [job_id, float(done)]
         outcome, *ids = self._run("heartbeat", fence, _ms(lease_s), _ms(keys.REQUEST_GRACE_S), *steps)
         if outcome == "stale":
             raise rules.lease_lost(fence, "a heartbeat")
@@ -155,9 +158,10 @@ class RedisQueue:
         return int(self._run("promote", limit))
 
     def see_worker(self, info: WorkerInfo, *, ttl_s: float) -> None:
-        """Enter or renew a worker in the registry."""
-        fields = ("pool", info.pool, "busy", int(info.busy), "fused", info.fused, "model", info.model)
-        self._run("see", info.id, _ms(ttl_s), *fields)
+        """Enter or renew a worker in the registry; what is ``None`` stays as it was."""
+        fields: dict[str, str | int] = {"pool": info.pool, "busy": int(info.busy)}
+        fields |= {name: value for name in ("fused", "model") if (value := getattr(info, name)) is not None}
+        self._run("see", info.id, _ms(ttl_s), *itertools.chain.from_iterable(fields.items()))
 
     def forget_worker(self, worker: str) -> None:
         """Take a worker out of the registry."""
@@ -167,7 +171,8 @@ class RedisQueue:
         """List the workers whose entry has not lapsed, by id."""
         entries = map(pairs, self._run("workers", keys.WORKERS_MAX))
         return tuple(
-            WorkerInfo(e["id"], e["pool"], e["busy"] == "1", e["fused"], e["model"], int(e["seen_ms"])) for e in entries
+            WorkerInfo(e["id"], e["pool"], e["busy"] == "1", e.get("fused"), e.get("model"), int(e["seen_ms"]))
+            for e in entries
         )
 
     def stats(self) -> tuple[PoolStats, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from tests.queue_samples import COST, DONE, GROUPS, POOL, HandClock, new_job
 OOM = JobError(code="engine_out_of_memory", message="too large")
 
 MakeQueue = Callable[..., JobQueue]
+_numbers = itertools.count()
 
 
 @pytest.fixture
@@ -57,12 +59,8 @@ def queue(make_queue: MakeQueue) -> JobQueue:
 def claim(
     queue: JobQueue, letter: str = "a", *, limit: int = 4, worker: str = "w1", request: str = "", lease_s: float = 10
 ) -> Lease | None:
-    request_id = request or f"{worker}-{letter}-{len(_requests)}"
-    _requests.append(request_id)
+    request_id = request or f"request-{next(_numbers)}"
     return queue.claim(POOL, GROUPS[letter], worker=worker, limit=limit, request_id=request_id, lease_s=lease_s)
-
-
-_requests: list[str] = []
 
 
 def claimed(queue: JobQueue, letter: str = "a", **how: Any) -> Lease:
@@ -700,6 +698,20 @@ def test_workers_are_listed_until_their_entry_lapses(queue: JobQueue, clock: Han
     assert [worker.id for worker in queue.workers()] == ["w2"]
     queue.see_worker(WorkerInfo("w1", POOL), ttl_s=10)
     assert [(worker.id, worker.busy) for worker in queue.workers()] == [("w1", False), ("w2", False)]
+
+
+def test_what_a_worker_does_not_say_stays_as_it_was_until_it_lapses(queue: JobQueue, clock: HandClock) -> None:
+    # Given its child's word on what is fused
+    queue.see_worker(WorkerInfo("w1", POOL, fused=GROUPS["a"], model="m"), ttl_s=10)
+
+    # If its parent renews the entry
+    queue.see_worker(WorkerInfo("w1", POOL, busy=True), ttl_s=10)
+
+    # Expect
+    assert queue.workers() == (WorkerInfo("w1", POOL, True, GROUPS["a"], "m", clock.at_ms),)
+    clock.forward(10)
+    queue.see_worker(WorkerInfo("w1", POOL), ttl_s=10)
+    assert queue.workers() == (WorkerInfo("w1", POOL, seen_ms=clock.at_ms),)
 
 
 def test_stats_count_each_pool(queue: JobQueue, clock: HandClock) -> None:

@@ -73,7 +73,11 @@ class Parts:
         )
 
     def client(self, **more: Any) -> TestClient:
-        return TestClient(create_app(self.context), **more)
+        return self.client_of(self.context, **more)
+
+    @staticmethod
+    def client_of(context: Context, **more: Any) -> TestClient:
+        return TestClient(create_app(context), **more)
 
     @property
     def queued(self) -> int:

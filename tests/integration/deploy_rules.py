@@ -83,7 +83,7 @@ INSTRUCTION_RULES: tuple[tuple[str, str, Callable[[str], object]], ...] = (
     ("unpinned packages", "RUN", lambda rest: "pip install" in rest and "--constraint constraints.txt" not in rest),
     ("runs what it downloads", "RUN", lambda rest: re.search(r"(curl|wget)[^|]*\|\s*(ba)?sh", rest)),
     ("a secret in the image", "ENV", lambda rest: re.search(rf"({SECRET_NAME.pattern})\w*=[^\s\"]", rest)),
-    ("a secret in the image", "ARG", lambda rest: SECRET_NAME.search(rest)),
+    ("a secret in the image", "ARG", SECRET_NAME.search),
     ("copies the whole folder", "COPY", lambda rest: re.match(r"(--\S+ )*\. ", rest)),
 )
 """Fault, the instruction's word, and what breaks the rule."""

@@ -294,7 +294,7 @@ def test_keys_belong_to_their_tenants() -> None:
 
 @pytest.mark.parametrize("key", ["", '"', '""', '"open', '"a"b"', "é", "x" * 256])
 def test_an_unreadable_key_is_refused(client: TestClient, parts: Parts, key: str) -> None:
-    answer = client.post("/v1/jobs", json={"prompt": "x"}, headers={"Idempotency-Key": key.encode("latin-1")})
+    answer = client.post("/v1/jobs", json={"prompt": "x"}, headers=[(b"Idempotency-Key", key.encode("latin-1"))])
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == "Idempotency-Key"
     assert parts.queued == 0

@@ -1,6 +1,8 @@
 """The API as a service: who may call, what an operator sees, and what happens when a part is broken."""
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -158,6 +160,22 @@ def test_without_its_store_it_is_not_ready() -> None:
     store.fail_next(1)
     answer = Parts(store=store).client().get("/readyz")
     assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+
+
+def test_a_crowd_waits_for_a_slow_queue_together() -> None:
+    # Given a queue that answers nobody until so many have asked
+    crowd = 100
+    barrier = threading.Barrier(crowd)
+
+    class SlowQueue(MemoryQueue):
+        def ping(self) -> None:
+            barrier.wait(timeout=30)
+
+    # If they ask at once
+    with Parts(queue=SlowQueue()).client() as client, ThreadPoolExecutor(crowd) as callers:
+        answers = [callers.submit(client.get, "/readyz") for _ in range(crowd)]
+        # Expect that none of them stood behind another
+        assert {answer.result().status_code for answer in answers} == {200}
 
 
 def test_requests_are_counted_by_route_template() -> None:

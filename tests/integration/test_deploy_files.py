@@ -11,12 +11,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from typing import Any
 
 import pytest
 import yaml
 
 from core.settings import Settings
+from core.telemetry.metrics import Metrics
 from tests.conftest import ROOT
 from tests.integration.deploy_rules import compose_faults, dockerfile_faults, environment, lineage, stages
 
@@ -108,6 +110,23 @@ def test_an_image_listens_where_the_settings_say(target: str, port: str) -> None
     assert environment(found, target)[f"FUSELINE_{port.upper()}"] == default
     assert environment(found, target)[f"FUSELINE_{port.rpartition('_')[0].upper()}_HOST"] == "0.0.0.0"
     assert f"FUSELINE_{port.upper()}" in found[target].last("HEALTHCHECK")
+
+
+@pytest.mark.parametrize(("target", "variable"), [("api", "API_PORT"), ("worker", "WORKER_METRICS_PORT")])
+def test_a_health_check_passes_while_the_server_answers_and_fails_when_it_is_gone(target: str, variable: str) -> None:
+    # Given a server that answers on a port of its own
+    command = json.loads(stages(DOCKERFILE)[target].last("HEALTHCHECK").partition("CMD")[2])
+    metrics = Metrics()
+    environ = os.environ | {f"FUSELINE_{variable}": str(metrics.serve(0))}
+
+    def check() -> int:
+        return subprocess.run([sys.executable, *command[1:]], env=environ, check=False, capture_output=True).returncode
+
+    # Expect the check to follow it
+    assert command[0] == "python"
+    assert check() == 0
+    metrics.close()
+    assert check() == 1
 
 
 # --- docker-compose.yml -----------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,10 @@ from core.events import CacheEvicted, CacheSized, CacheUsed, Event, FileFetched
 from core.store.links import LinkSigner
 from core.store.local import LocalStore
 from core.store.memory import MemoryStore
+from core.store.s3 import S3Store
+from tests.s3_gateway import S3Gateway
 from worker.cache.files import FileCache, Need
+from worker.cache.shelf import Shelf
 
 CACHE_USER = Path(__file__).parent / "cache_user.py"
 KIB = 1024
@@ -245,20 +250,22 @@ def test_a_younger_file_goes_before_an_older_pinned_one(store: MemoryStore, make
             assert not cache.holds(young)
 
 
-def test_a_need_goes_on_as_soon_as_there_is_room(store: MemoryStore, make: Make) -> None:
+def test_a_need_goes_on_as_soon_as_there_is_room(store: MemoryStore, make: Make, tmp_path: Path) -> None:
     old, other = put(store, "a", 60), put(store, "b", 60)
-    waiting = threading.Event()
+    asked = threading.Event()
+
+    def observe(event: Event) -> None:
+        if isinstance(event, CacheUsed):
+            asked.set()
 
     def fetch_other() -> bytes:
-        cache = make(room_wait_s=60)
-        waiting.set()
-        with cache.files([other]) as paths:
+        with FileCache(tmp_path / "cache", 100, store, observe).files([other]) as paths:
             return paths[other.digest].read_bytes()
 
     with ThreadPoolExecutor(1) as pool:
         with make().files([old]):
             fetched = pool.submit(fetch_other)
-            assert waiting.wait(10)
+            assert asked.wait(20)
             assert downloads(store) == ["a"]
         assert fetched.result(timeout=20) == store.objects["b"]
 
@@ -319,6 +326,30 @@ def test_another_takes_over_a_download_that_failed(tmp_path: Path) -> None:
     assert [event.hit for event in used if isinstance(event, CacheUsed)] == [False]
 
 
+def test_who_waits_for_room_holds_none(store: MemoryStore, make: Make, tmp_path: Path) -> None:
+    """If a need waits for room, a file that it found already may still make room for another need."""
+    found, wanted, pinned, last = (put(store, key, 50) for key in "abcd")
+    asked = threading.Event()
+
+    def observe(event: Event) -> None:
+        if isinstance(event, CacheUsed):
+            asked.set()
+
+    def use() -> int:
+        with FileCache(tmp_path / "cache", 100, store, observe).files([found, wanted]) as paths:
+            return len(paths)
+
+    with make().files([found, pinned]):
+        pass
+    with ThreadPoolExecutor(1) as pool:
+        with make().files([pinned]):
+            waiter = pool.submit(use)
+            assert asked.wait(20)
+            with make(room_wait_s=20).files([pinned, last]):
+                assert not waiter.done()
+        assert waiter.result(timeout=20) == 2
+
+
 def test_needs_that_compete_for_room_never_wait_for_each_other(store: MemoryStore, make: Make) -> None:
     """If the room holds one need at a time and the needs overlap, each gets its turn."""
     a, b, c = (put(store, key, 50) for key in "abc")
@@ -353,11 +384,20 @@ def said(running: subprocess.Popen[str]) -> str:
 
 
 def bytes_on_disk(root: Path) -> int:
+    """Bytes of everything in the directory, at a moment in which no file is finished or evicted."""
     total = 0
-    for path in root.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
+    with Shelf(root).exclusive():
+        for path in root.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # an unfinished download
+                total += path.stat().st_size if path.is_file() else 0
     return total
+
+
+def download_is_seen(root: Path) -> bool:
+    try:
+        return any((root / "incoming").glob("*/*"))
+    except FileNotFoundError:  # it ended while we looked
+        return False
 
 
 @pytest.fixture
@@ -390,14 +430,14 @@ def test_processes_in_need_of_more_than_the_budget_keep_to_it(objects: LocalStor
         users = [stack.enter_context(process(*arguments, seed)) for seed in range(3)]
         while any(user.poll() is None for user in users):
             largest = max(largest, bytes_on_disk(tmp_path / "cache"))
-            time.sleep(0.002)
+            time.sleep(0.005)
         assert [user.returncode for user in users] == [0, 0, 0]
 
     assert 2 * 64 * KIB < largest <= budget
 
 
 def test_a_pin_of_another_process_holds_until_that_process_dies(objects: LocalStore, tmp_path: Path) -> None:
-    pinned, other = put(objects, "a", 60), None
+    pinned = put(objects, "a", 60)
     with process("pin", tmp_path / "cache", 100, objects.root) as holder:
         assert said(holder) == "pinned"
         other = put(objects, "b", 60)
@@ -447,3 +487,44 @@ def test_who_waits_for_a_killed_process_takes_over_its_download(objects: LocalSt
         assert not waiter.done()
         fetcher.send_signal(signal.SIGKILL)
         assert waiter.result(timeout=20) == objects.get_bytes("a")
+
+
+def test_a_series_of_kills_in_downloads_leaves_a_sound_cache(objects: LocalStore, tmp_path: Path) -> None:
+    """If processes are killed the moment a download is seen, every finished file is whole and the room is kept."""
+    needs = {need.digest: need for need in (put(objects, f"file-{i}", 512 * KIB) for i in range(8))}
+    root, budget = tmp_path / "cache", 3 * 512 * KIB
+    root.mkdir()
+
+    for seed in range(6):
+        with process("use", root, budget, objects.root, 10_000, seed) as user:
+            while not download_is_seen(root):
+                assert user.poll() is None
+            user.send_signal(signal.SIGKILL)
+            user.wait(20)
+        assert bytes_on_disk(root) <= budget
+        for digest in cached(root):
+            path = root / digest[:2] / digest
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
+
+    cache = FileCache(root, budget, objects, lambda _event: None)
+    assert list((root / "incoming").iterdir()) == []
+    for need in needs.values():
+        with cache.files([need]) as paths:
+            assert paths[need.digest].stat().st_size == need.size_bytes
+
+
+def test_a_file_of_several_parts_comes_from_s3(
+    s3_gateway: S3Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_gateway.env.items():
+        monkeypatch.setenv(name, value)
+    bucket = s3_gateway.make_bucket(f"b-{uuid.uuid4().hex}")
+    store = S3Store(bucket, endpoint=s3_gateway.endpoint)
+    data = random.Random(0).randbytes(20 * KIB * KIB)
+    store.put_bytes("lora", data, "application/octet-stream")
+    need = Need("lora", hashlib.sha256(data).hexdigest(), len(data), "lora")
+
+    with FileCache(tmp_path / "cache", len(data), store, lambda _event: None).files([need]) as paths:
+        assert paths[need.digest].read_bytes() == data
+
+    assert bytes_on_disk(tmp_path / "cache") == len(data)

@@ -51,9 +51,16 @@ def sd1() -> ModuleIndex:
 
 
 def filled(path: Path, shapes: Shapes, dtype: torch.dtype = torch.float16) -> Path:
-    """Make a file of a real one's layout, its values drawn."""
+    """Make a file of a real one's layout with drawn values, at rank 4 to be quick."""
     draw = torch.Generator().manual_seed(0)
-    return write(path, {key: torch.randn(shape, generator=draw).to(dtype) for key, shape in shapes.items()})
+    thin = {key: _of_rank(key, shape, 4) for key, shape in shapes.items()}
+    return write(path, {key: torch.randn(shape, generator=draw).to(dtype) for key, shape in thin.items()})
+
+
+def _of_rank(key: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    if "lora_down" in key:
+        return (rank, *shape[1:])
+    return (shape[0], rank, *shape[2:]) if "lora_up" in key else shape
 
 
 def header_of(path: Path) -> Header:
@@ -102,7 +109,7 @@ def test_the_digest_of_the_tensors_is_what_the_trainer_wrote() -> None:
 
     with path.open("rb") as file:
         assert tensor_digest(file, header) == header.metadata["sshs_model_hash"]
-    assert base_hint(header.metadata) in {"", "SD 1"}
+    assert base_hint(header.metadata) == "SD 1"
 
 
 def test_every_name_of_a_marketplace_sd1_lora_resolves(sd1: ModuleIndex, tmp_path: Path) -> None:

@@ -480,15 +480,23 @@ def test_a_rounding_setting_for_sampling_does_not_reach_fusing() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def test_the_pristine_copy_may_lie_on_another_device() -> None:
-    parts = components()
-    base = bits(parts)
-    fuser = Fuser(parts, pristine_device="cpu")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.parametrize("pristine_device", [None, "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_gpu_fusing_is_exact_and_reversible_too(dtype: torch.dtype, pristine_device: str | None) -> None:
+    on_cpu, on_gpu = components(dtype), {name: part.cuda() for name, part in components(dtype).items()}
+    base, places = bits(on_gpu), [weight.data_ptr() for weight in weights(on_gpu).values()]
+    fuser = Fuser(on_gpu, pristine_device=pristine_device)
+    Fuser(on_cpu).apply([one_layer("a"), one_layer("b")])
 
-    fuser.apply([one_layer("a")])
+    fuser.apply([one_layer("c")])
+    fuser.apply([one_layer("a"), one_layer("b")])
+
+    expected, got = weights(on_cpu)["unet.to_q.weight"].detach(), weights(on_gpu)["unet.to_q.weight"].detach().cpu()
+    assert torch.allclose(got, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     fuser.restore()
-
-    assert same(bits(parts), base)
+    assert same(bits(on_gpu), base)
+    assert [weight.data_ptr() for weight in weights(on_gpu).values()] == places
 
 
 def test_scales_of_unet_and_text_encoder_are_apart(lora_path: Path) -> None:

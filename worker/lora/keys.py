@@ -90,10 +90,6 @@ class ModuleIndex:
                 return component.name
         return None
 
-    def __len__(self) -> int:
-        """Count the modules."""
-        return len(self._shapes)
-
 
 def other_base(stems: Iterable[str]) -> str:
     """Say which other kind of base model names that match nothing point to; empty if unknown."""

@@ -1,7 +1,9 @@
 -- What the verbs share. scripts.py puts it, after the table `key`, in front of each of them.
 --
 -- KEYS[1] of every verb is the prefix of all names, ARGV[1] the time in ms ('' = the server's own clock).
--- A verb reads and checks first and writes last: a script that fails half-way keeps what it wrote.
+-- A verb reads and checks first and writes last: a script that fails half-way keeps what it wrote. A full server
+-- refuses a script at its first write, if that one needs memory, or never: submit and claim write nothing then, and
+-- verbs that end or give back jobs begin by removing something and go through.
 
 -- Numbers as text. tostring() would round to 14 digits; tags and costs are whole numbers below 2^53.
 local function whole(number)
