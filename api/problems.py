@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 class FieldProblem(BaseModel):
     """What is wrong with one field."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     field: str
     """Path of the field in the request, such as ``loras.0.name``."""
@@ -58,7 +58,7 @@ class FieldProblem(BaseModel):
 class Problem(BaseModel):
     """An error, as RFC 9457 describes it, with this service's members ``code``, ``retryable`` and ``errors``."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     type: str = Field(examples=["urn:fuseline:problem:unknown_lora"])
     title: str

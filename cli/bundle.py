@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mimetypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import redis
+
+from cli.stack import Stack
 from core.catalogue.records import ModelFile, ModelRecord
+from core.catalogue.redis import RedisCatalogue
 from core.ports import Catalogue, ObjectStore
+from core.store.open import open_store
+
+SHAPES = Path(__file__).resolve().parent.parent / "examples" / "shapes"
+"""The bundle that comes with the project: a tiny model of drawn shapes and its LoRAs."""
+
+MODEL = "shapes"
+"""Name under which a bundle's model is registered."""
 
 MODEL_FILES = {".json", ".txt", ".safetensors"}
 """Endings of the files that a checkpoint in diffusers layout consists of."""
+
+_DEFAULTS = {"steps": 12, "guidance": 3.0, "sampler": "DPM++ 2M", "width": 64, "height": 64, "max_pixels": 256 * 256}
 
 
 def register_model(store: ObjectStore, catalogue: Catalogue, folder: Path, name: str, **defaults: Any) -> ModelRecord:
@@ -26,3 +42,30 @@ def register_model(store: ObjectStore, catalogue: Catalogue, folder: Path, name:
     record = ModelRecord(name=name, files=tuple(files), **defaults)
     catalogue.add_model(record)
     return record
+
+
+def lora_files(bundle: Path) -> list[Path]:
+    """List a bundle's LoRA files; each is registered under its stem."""
+    return sorted((bundle / "loras").glob("*.safetensors"))
+
+
+@contextlib.contextmanager
+def running(stack: Stack, bundle: Path = SHAPES, store: ObjectStore | None = None) -> Iterator[Stack]:
+    """Run a stack that knows a bundle's model and LoRAs, for the length of a ``with`` block.
+
+    ``store`` is the stack's store; by default its local directory.
+    """
+    store = store or open_store(stack.store_url)
+    try:
+        stack.start_valkey()
+        with redis.Redis.from_url(stack.valkey.url) as client:
+            register_model(store, RedisCatalogue(client), bundle / "model", MODEL, **_DEFAULTS)
+        for path in lora_files(bundle):
+            store.put_file(f"public/loras/{path.name}", path, "application/octet-stream")
+        stack.start()
+        for path in lora_files(bundle):
+            body = {"name": path.stem, "key": f"public/loras/{path.name}"}
+            httpx.post(f"{stack.api_url}/v1/loras", json=body, timeout=30).raise_for_status()
+        yield stack
+    finally:
+        stack.stop()

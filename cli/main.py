@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import redis
 import typer
 from rich.console import Console
 
-from cli.bundle import register_model
+from cli.bundle import MODEL, SHAPES, lora_files, register_model, running
 from cli.demo import run_demo
 from cli.stack import Stack, interruptible
 from core.catalogue.redis import RedisCatalogue
@@ -26,9 +25,6 @@ from core.store.open import open_store
 
 app = typer.Typer(help="Fuseline: a job queue that makes images with diffusion models and LoRAs.", no_args_is_help=True)
 console = Console()
-
-SHAPES = Path(__file__).resolve().parent.parent / "examples" / "shapes"
-MODEL = "shapes"
 
 Bundle = Annotated[Path, typer.Option(help="Folder with model/ (diffusers layout) and loras/.")]
 Workers = Annotated[int, typer.Option("--workers", "-w", min=1, help="Worker processes.", envvar="WORKERS")]
@@ -65,7 +61,7 @@ def serve(
         console.print(
             f"Valkey    {stack.valkey.url}\nstore     {stack.store_url}\nlogs      {stack.directory / 'logs'}"
         )
-        console.print(f"model     {MODEL} with LoRAs {', '.join(path.stem for path in _loras(bundle))}")
+        console.print(f"model     {MODEL} with LoRAs {', '.join(path.stem for path in lora_files(bundle))}")
         console.print(
             f"try       curl -s {stack.api_url}/v1/jobs -H 'content-type: application/json' "
             f"""-d '{{"model": "{MODEL}", "prompt": "a red circle on a blue background <lora:stripes:1>"}}'""",
@@ -112,51 +108,15 @@ def _stack(stack: Stack, bundle: Path) -> Iterator[Stack]:
     """Run a stack that knows the bundle's model and LoRAs; stop it whatever happens."""
     try:
         with interruptible():
-            try:
-                console.print(f"starting Valkey, the API and {stack.workers} worker(s) in {stack.directory} …")
-                stack.start_valkey()
-                _register_model(stack, bundle)
-                stack.start()
-                _register_loras(stack, bundle)
+            console.print(f"starting Valkey, the API and {stack.workers} worker(s) in {stack.directory} …")
+            with running(stack, bundle):
                 yield stack
-            finally:
-                stack.stop()
     except KeyboardInterrupt:
         console.print("\nstopped")
         raise typer.Exit(130) from None
     except FuselineError as error:
         console.print(f"[red]{error.code}: {error}")
         raise typer.Exit(1) from error
-
-
-def _register_model(stack: Stack, bundle: Path) -> None:
-    store = open_store(stack.store_url)
-    with redis.Redis.from_url(stack.valkey.url) as client:
-        register_model(
-            store,
-            RedisCatalogue(client),
-            bundle / "model",
-            MODEL,
-            steps=12,
-            guidance=3.0,
-            sampler="DPM++ 2M",
-            width=64,
-            height=64,
-            size_multiple=8,
-            max_pixels=256 * 256,
-        )
-    for path in _loras(bundle):
-        store.put_file(f"public/loras/{path.name}", path, "application/octet-stream")
-
-
-def _register_loras(stack: Stack, bundle: Path) -> None:
-    for path in _loras(bundle):
-        body = {"name": path.stem, "key": f"public/loras/{path.name}"}
-        httpx.post(f"{stack.api_url}/v1/loras", json=body, timeout=30).raise_for_status()
-
-
-def _loras(bundle: Path) -> list[Path]:
-    return sorted((bundle / "loras").glob("*.safetensors"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Response
 
 from api.context import Parts
 from api.problems import responses
-from api.schemas import Health
+from api.views import Health
 from core.errors import ObjectNotFound, QueueUnavailable, StoreDenied, StoreUnavailable
 from core.ports import ObjectStore
 

@@ -11,7 +11,8 @@ from fastapi import APIRouter, Header, Response, status
 from api.context import Caller, Context, Parts
 from api.problems import TOO_LARGE, FieldProblem, FieldsInvalid, responses
 from api.resolve import resolve
-from api.schemas import Accepted, ImageView, JobView, ResolvedJob, SubmitRequest
+from api.schemas import SubmitRequest
+from api.views import Accepted, ImageView, JobView, ResolvedJob
 from core.errors import (
     IdempotencyConflict,
     InvalidPromptTag,

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Response, status
 from api.context import Caller, Context, Parts
 from api.problems import TOO_LARGE, responses
 from api.registration import examine
-from api.schemas import LoraList, LoraView, RegisterRequest
+from api.schemas import RegisterRequest
+from api.views import LoraList, LoraView
 from core.catalogue.records import LoraRecord
 from core.errors import (
     InvalidKey,

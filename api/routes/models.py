@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from api.context import Caller, Parts
 from api.problems import responses
-from api.schemas import ModelList, ModelView
+from api.views import ModelList, ModelView
 from core.errors import QueueUnavailable, Unauthorized
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses=responses(Unauthorized, QueueUnavailable))

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from api.access import OPEN_TENANT, Access
 from api.problems import STATUS, status_of
-from api.schemas import JobView, ResultView, SubmitRequest
+from api.schemas import SubmitRequest
+from api.views import JobView, ResultView
 from core.errors import FuselineError, Unauthorized
 from core.job import Job, JobResult, JobSpec, JobState
 from core.lora import LoraSet
