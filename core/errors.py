@@ -299,4 +299,3 @@ class JobCancelled(EngineError):
 
     code = "job_cancelled"
     blame = "client"
-

@@ -80,6 +80,10 @@ class PoolStats:
     oldest_ready_s: float
     """Age of the job at the head of the pool's ready line; 0 when none is ready."""
     tickets: int = 0
+    leases_expired: int = 0
+    """Leases that were ever taken back, by whatever process did it."""
+    dead_letters: int = 0
+    """Jobs that ever failed for good."""
 
 
 @dataclass(frozen=True, slots=True)

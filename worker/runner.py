@@ -10,10 +10,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from PIL import Image
 
-from core.errors import EngineError, FuselineError, JobCancelled, LeaseLost, StoreUnavailable
+from core.errors import EngineError, FuselineError, JobCancelled, LeaseLost, QueueUnavailable, StoreUnavailable
 from core.events import BatchClaimed, BatchSampled, JobFinished, JobRetried, JobsReleased, StageTimed, StepDone
 from core.job import ImageResult, Job, JobError, JobResult, JobSpec, JobState
 from core.ports import Catalogue, JobQueue, Lease, ObjectStore, Observer, WorkerInfo
@@ -25,8 +27,10 @@ from worker.lease import LeaseKeeper
 
 _log = logging.getLogger(__name__)
 
-UPLOAD_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
-"""Pauses between tries to store a finished image, before its job goes back for another run."""
+T = TypeVar("T")
+
+PATIENCE_S = (0.5, 1.0, 2.0, 4.0)
+"""Pauses between tries to store an image or to tell the queue an outcome: work in hand is worth a short wait."""
 
 CLAIM_TRIES = 8
 """How often a worker chooses again when others were faster."""
@@ -208,7 +212,7 @@ class Runner:
     def _store_image(self, batch: _Batch, job: Job, index: int, data: bytes) -> None:
         key = f"tenants/{job.tenant}/results/{job.id}/{batch.lease.fence}/{index}.png"
         with self._timed(batch, "upload"):
-            self._put_patiently(key, data)
+            _patiently(StoreUnavailable, lambda: self._store.put_bytes(key, data, "image/png"))
         batch.keeper.advance()
         batch.images.setdefault(job.id, []).append(
             ImageResult(
@@ -221,16 +225,6 @@ class Runner:
                 sha256=hashlib.sha256(data).hexdigest(),
             )
         )
-
-    def _put_patiently(self, key: str, data: bytes) -> None:
-        """Upload, again after short pauses if the store fails: an image in hand is worth a wait."""
-        for pause_s in UPLOAD_PAUSES_S:
-            try:
-                return self._store.put_bytes(key, data, "image/png")
-            except StoreUnavailable as error:
-                _log.warning("upload of %s failed, next try in %.1f s: %s", key, pause_s, error)
-                time.sleep(pause_s)
-        return self._store.put_bytes(key, data, "image/png")
 
     # --- outcomes -----------------------------------------------------------------------------------------------
 
@@ -246,7 +240,7 @@ class Runner:
             cache_misses=held.cache_misses,
             worker=self._settings.worker,
         )
-        self._queue.finish(batch.lease.fence, job.id, result)
+        _patiently(QueueUnavailable, lambda: self._queue.finish(batch.lease.fence, job.id, result))
         self._ended(batch, job, JobState.SUCCEEDED)
 
     def _fail(self, batch: _Batch, jobs: Sequence[Job], error: FuselineError) -> None:
@@ -254,12 +248,9 @@ class Runner:
             if batch.keeper.is_cancelled(job.id):
                 continue
             retry_in_s = self._backoff_s(job.attempt) if error.retryable else None
-            state = self._queue.fail(
-                batch.lease.fence,
-                job.id,
-                JobError(code=error.code, message=str(error), retryable=error.retryable, blame=error.blame),
-                retry_in_s=retry_in_s,
-            )
+            told = JobError(code=error.code, message=str(error), retryable=error.retryable, blame=error.blame)
+            call = partial(self._queue.fail, batch.lease.fence, job.id, told, retry_in_s=retry_in_s)
+            state = _patiently(QueueUnavailable, call)
             if state is JobState.DELAYED:
                 del batch.open[job.id]
                 self._observe(JobRetried(job.id, job.pool, error.code, retry_in_s or 0.0))
@@ -269,12 +260,12 @@ class Runner:
 
     def _end_cancelled(self, batch: _Batch) -> None:
         for job in [job for job in batch.open.values() if batch.keeper.is_cancelled(job.id)]:
-            self._queue.finish_cancelled(batch.lease.fence, job.id)
+            _patiently(QueueUnavailable, partial(self._queue.finish_cancelled, batch.lease.fence, job.id))
             self._ended(batch, job, JobState.CANCELLED, JobCancelled.code)
 
     def _give_back(self, batch: _Batch) -> None:
         if batch.open:
-            self._queue.release(batch.lease.fence, tuple(batch.open))
+            _patiently(QueueUnavailable, lambda: self._queue.release(batch.lease.fence, tuple(batch.open)))
             self._observe(JobsReleased(batch.lease.pool, len(batch.open)))
 
     def _ended(self, batch: _Batch, job: Job, state: JobState, code: str = "") -> None:
@@ -287,16 +278,11 @@ class Runner:
         return longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
 
     def _report_to_registry(self, lease: Lease) -> None:
-        self._queue.see_worker(
-            WorkerInfo(
-                id=self._settings.worker,
-                pool=lease.pool,
-                busy=True,
-                fused=self._fused or "",
-                model=self._device.model or "",
-            ),
-            ttl_s=self._settings.lease_s,
+        info = WorkerInfo(
+            self._settings.worker, lease.pool, busy=True, fused=self._fused or "", model=self._device.model or ""
         )
+        with contextlib.suppress(QueueUnavailable):  # the parent renews the entry anyway
+            self._queue.see_worker(info, ttl_s=self._settings.lease_s)
 
     @contextlib.contextmanager
     def _timed(self, batch: _Batch, stage: str) -> Iterator[Callable[[], float]]:
@@ -308,6 +294,17 @@ class Runner:
             taken.append(time.monotonic() - started)
             batch.stage_s[stage] = batch.stage_s.get(stage, 0.0) + taken[0]
             self._observe(StageTimed(stage, taken[0]))
+
+
+def _patiently(trouble: type[FuselineError], call: Callable[[], T]) -> T:
+    """Make a call that may be repeated, again after short pauses while it meets this trouble."""
+    for pause_s in PATIENCE_S:
+        try:
+            return call()
+        except trouble as error:
+            _log.warning("next try in %.1f s: %s", pause_s, error)
+            time.sleep(pause_s)
+    return call()
 
 
 def _shape(spec: JobSpec) -> Shape:

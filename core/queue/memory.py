@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from core.events import JobSubmitted, LeaseExpired, StaleFinish
@@ -14,27 +14,8 @@ from core.job import Job, JobError, JobResult, JobState, NewJob
 from core.ports import Lease, Observer, PoolStats, Reaped, Submitted, WorkerInfo
 from core.queue import rules
 from core.queue.keys import IDEMPOTENCY_TTL_S
+from core.queue.table import Ending, Held, Table
 from core.scheduling import WINDOW, GroupView, Snapshot
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A live lease, its jobs apart: those are the running jobs with its fence."""
-
-    pool: str
-    group: str
-    worker: str
-    request_id: str
-    expires_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Ending:
-    """The call that ended a job's last lease: the same call again, its reply lost, is no error."""
-
-    fence: str
-    verb: str
-    state: JobState
 
 
 class MemoryQueue:
@@ -57,9 +38,7 @@ class MemoryQueue:
         self._token = token
         self._observe = observe
         self._lock = threading.RLock()
-        self._jobs: dict[str, Job] = {}
-        self._endings: dict[str, _Ending] = {}
-        self._held: dict[str, _Held] = {}
+        self._table = Table()
         self._idempotency: dict[tuple[str, str], tuple[str, str, int]] = {}
         self._virtual_time: Counter[str] = Counter()
         self._virtual_finish: Counter[tuple[str, str]] = Counter()
@@ -75,7 +54,7 @@ class MemoryQueue:
             known = self._known(job)
             if known is not None:
                 return Submitted(known, replayed=True)
-            waiting = self._select(JobState.QUEUED, JobState.DELAYED)
+            waiting = self._table.select(JobState.QUEUED, JobState.DELAYED)
             if sum(other.tenant == job.tenant for other in waiting) >= self._max_queued:
                 raise rules.full(self._max_queued)
             self._enter(job)
@@ -90,9 +69,9 @@ class MemoryQueue:
                 if body_hash != job.body_hash:
                     raise rules.conflict(job_id)
                 return job_id
-        if job.id not in self._jobs:
+        if job.id not in self._table.jobs:
             return None
-        if self._jobs[job.id].tenant != job.tenant:
+        if self._table.jobs[job.id].tenant != job.tenant:
             raise rules.id_taken(job.id)
         return job.id
 
@@ -104,7 +83,7 @@ class MemoryQueue:
         if job.idempotency_key is not None:
             until_ms = now + IDEMPOTENCY_TTL_S * 1000
             self._idempotency[job.tenant, job.idempotency_key] = (job.id, job.body_hash, until_ms)
-        self._jobs[job.id] = Job(
+        self._table.jobs[job.id] = Job(
             id=job.id,
             tenant=job.tenant,
             pool=job.pool,
@@ -122,9 +101,9 @@ class MemoryQueue:
     def get(self, tenant: str, job_id: str) -> Job:
         """Read a job of that tenant. Raises ``JobNotFound``."""
         with self._lock:
-            job = self._jobs.get(job_id)
+            job = self._table.jobs.get(job_id)
             if job is not None and job.state.is_terminal and job.finished_ms + self._ttl_ms <= self._now_ms():
-                del self._jobs[job_id]
+                del self._table.jobs[job_id]
                 job = None
             if job is None or job.tenant != tenant:
                 raise rules.not_found(job_id)
@@ -133,7 +112,7 @@ class MemoryQueue:
     def position(self, job: Job) -> int | None:
         """How many ready jobs of its pool are older, or ``None`` when it is not ready."""
         with self._lock:
-            ids = [ready.id for ready in self._line(job.pool)]
+            ids = [ready.id for ready in self._table.line(job.pool)]
             return ids.index(job.id) if job.id in ids else None
 
     def cancel(self, tenant: str, job_id: str) -> Job:
@@ -141,10 +120,10 @@ class MemoryQueue:
         with self._lock:
             job = self.get(tenant, job_id)
             if job.state is JobState.RUNNING:
-                self._change(job, cancel_requested=True)
+                self._table.change(self._now_ms(), job, cancel_requested=True)
             elif not job.state.is_terminal:
-                self._change(job, JobState.CANCELLED, cancel_requested=True)
-            return self._jobs[job_id]
+                self._table.change(self._now_ms(), job, JobState.CANCELLED, cancel_requested=True)
+            return self._table.jobs[job_id]
 
     # --- for workers ---------------------------------------------------------------------------------------------
 
@@ -153,12 +132,12 @@ class MemoryQueue:
         with self._lock:
             views: dict[str, GroupView] = {}
             worst = 0.0
-            for job in self._line(pool)[:WINDOW]:
+            for job in self._table.line(pool)[:WINDOW]:
                 if job.group in views:
                     view = views[job.group]
                     views[job.group] = replace(view, ready=view.ready + 1)
                 else:
-                    others = sum(held.pool == pool and held.group == job.group for held in self._held.values())
+                    others = sum(held.pool == pool and held.group == job.group for held in self._table.held.values())
                     views[job.group] = GroupView(job.group, job.tag, job.seq, 1, worst, others, job.suspect)
                 worst = max(worst, job.overtaken_by)
             return Snapshot(tuple(views.values()))
@@ -168,26 +147,26 @@ class MemoryQueue:
         with self._lock:
             now = self._now_ms()
             expires_ms, token = now + round(lease_s * 1000), self._token()
-            for fence, held in self._held.items():
+            for fence, held in self._table.held.items():
                 if held.request_id == request_id:
-                    self._held[fence] = replace(held, expires_ms=expires_ms)
-                    return self._lease(fence)
-            line = self._line(pool)
+                    self._table.held[fence] = replace(held, expires_ms=expires_ms)
+                    return self._table.lease(fence)
+            line = self._table.line(pool)
             batch, overtaken = self._batch(line[:WINDOW], group, limit)
             if not batch:
                 return None
             for job_id, cost in overtaken.items():
-                passed = self._jobs[job_id]
-                self._change(passed, overtaken_by=passed.overtaken_by + cost)
+                passed = self._table.jobs[job_id]
+                self._table.change(self._now_ms(), passed, overtaken_by=passed.overtaken_by + cost)
             share = sum(job.spec.cost for job in batch) // len({job.tenant for job in line})
             self._virtual_time[pool] = max(self._virtual_time[pool] + share, int(line[0].tag))
             self._fence += 1
             fence = f"{self._fence}-{token}"
-            self._held[fence] = _Held(pool, group, worker, request_id, expires_ms)
+            self._table.held[fence] = Held(pool, group, worker, request_id, expires_ms)
             for job in batch:
                 run = {"attempt": job.attempt + 1, "started_ms": now, "fence": fence, "worker": worker}
-                self._change(job, JobState.RUNNING, progress=0.0, **run)
-            return self._lease(fence)
+                self._table.change(self._now_ms(), job, JobState.RUNNING, progress=0.0, **run)
+            return self._table.lease(fence)
 
     def _batch(self, window: Iterable[Job], group: str, limit: int) -> tuple[list[Job], dict[str, int]]:
         """Choose the jobs to lease; tell by id what cost passes each older job that stays."""
@@ -197,7 +176,7 @@ class MemoryQueue:
             if job.group != group:
                 overtaken[job.id] = 0
                 continue
-            if any(self._jobs[other].overtaken_by + cost >= self._slack for other, cost in overtaken.items()):
+            if any(self._table.jobs[other].overtaken_by + cost >= self._slack for other, cost in overtaken.items()):
                 break
             if job.suspect and batch:
                 break
@@ -210,12 +189,14 @@ class MemoryQueue:
     def heartbeat(self, fence: str, *, lease_s: float, progress: Mapping[str, float]) -> frozenset[str]:
         """Renew a lease, store progress (0 to 1 by job id), and learn which of its jobs are to be cancelled."""
         with self._lock:
-            if fence not in self._held:
+            if fence not in self._table.held:
                 raise rules.lease_lost(fence, "a heartbeat")
-            self._held[fence] = replace(self._held[fence], expires_ms=self._now_ms() + round(lease_s * 1000))
-            for job in self._jobs_of(fence):
-                self._change(job, progress=float(progress.get(job.id, job.progress)))
-            return frozenset(job.id for job in self._jobs_of(fence) if job.cancel_requested)
+            self._table.held[fence] = replace(
+                self._table.held[fence], expires_ms=self._now_ms() + round(lease_s * 1000)
+            )
+            for job in self._table.jobs_of(fence):
+                self._table.change(self._now_ms(), job, progress=float(progress.get(job.id, job.progress)))
+            return frozenset(job.id for job in self._table.jobs_of(fence) if job.cancel_requested)
 
     def finish(self, fence: str, job_id: str, result: JobResult) -> None:
         """End a job as succeeded. The same call again, its first reply lost, is no error."""
@@ -236,7 +217,7 @@ class MemoryQueue:
                 else:
                     due_ms = self._now_ms() + round(retry_in_s * 1000)
                     self._end("fail", job, JobState.DELAYED, error=error, suspect=False, due_ms=due_ms, progress=0.0)
-            return self._endings[job_id].state
+            return self._table.endings[job_id].state
 
     def finish_cancelled(self, fence: str, job_id: str) -> None:
         """End a job as cancelled, as its owner asked."""
@@ -248,7 +229,7 @@ class MemoryQueue:
         """Give jobs back to their old place in line without counting an attempt."""
         with self._lock:
             fresh = [job_id for job_id in dict.fromkeys(job_ids) if not self._repeated("release", fence, job_id)]
-            jobs = [self._jobs.get(job_id) for job_id in fresh]
+            jobs = [self._table.jobs.get(job_id) for job_id in fresh]
             if any(job is None or job.fence != fence for job in jobs):
                 raise rules.lease_lost(fence, "all of " + ", ".join(job_ids))
             for job in jobs:
@@ -257,19 +238,19 @@ class MemoryQueue:
                 self._end("release", job, state, attempt=job.attempt - 1)
 
     def _repeated(self, verb: str, fence: str, job_id: str) -> bool:
-        ending = self._endings.get(job_id)
+        ending = self._table.endings.get(job_id)
         return ending is not None and (ending.fence, ending.verb) == (fence, verb)
 
     def _running(self, fence: str, job_id: str) -> Job:
-        job = self._jobs.get(job_id)
+        job = self._table.jobs.get(job_id)
         if job is None or job.fence != fence:
             self._observe(StaleFinish(job_id, job.pool if job else ""))
             raise rules.lease_lost(fence, f"job {job_id}")
         return job
 
     def _end(self, verb: str, job: Job, state: JobState, **fields: Any) -> None:
-        self._endings[job.id] = _Ending(job.fence, verb, state)
-        self._change(job, state, **fields)
+        self._table.endings[job.id] = Ending(job.fence, verb, state)
+        self._table.change(self._now_ms(), job, state, **fields)
 
     # --- for upkeep ----------------------------------------------------------------------------------------------
 
@@ -277,23 +258,26 @@ class MemoryQueue:
         """Take back leases that have expired. Any number of callers is harmless."""
         with self._lock:
             now = self._now_ms()
-            expired = sorted((held.expires_ms, fence) for fence, held in self._held.items() if held.expires_ms <= now)
+            expired = sorted(
+                (held.expires_ms, fence) for fence, held in self._table.held.items() if held.expires_ms <= now
+            )
             return tuple(self._reap(fence) for _, fence in expired[:limit])
 
     def _reap(self, fence: str) -> Reaped:
-        pool, jobs = self._held[fence].pool, self._jobs_of(fence)
+        pool, jobs = self._table.held[fence].pool, self._table.jobs_of(fence)
         self._observe(LeaseExpired(pool, len(jobs)))
+        self._table.leases_expired[pool] += 1
         for job in jobs:
             alone = int(job.suspect)  # a suspect runs alone: its crash, its attempt
             blame = {"suspect": True, "crashes": job.crashes + alone, "attempt": job.attempt - 1 + alone}
             if job.cancel_requested:
-                self._change(job, JobState.CANCELLED, **blame)
+                self._table.change(self._now_ms(), job, JobState.CANCELLED, **blame)
             elif job.crashes + alone >= rules.CRASHES_MAX:
-                self._change(job, JobState.FAILED, error=rules.WORKER_LOST, **blame)
+                self._table.change(self._now_ms(), job, JobState.FAILED, error=rules.WORKER_LOST, **blame)
             else:
-                self._change(job, JobState.QUEUED, **blame)
+                self._table.change(self._now_ms(), job, JobState.QUEUED, **blame)
         by_state = {
-            state: tuple(job.id for job in jobs if self._jobs[job.id].state is state)
+            state: tuple(job.id for job in jobs if self._table.jobs[job.id].state is state)
             for state in (JobState.QUEUED, JobState.FAILED)
         }
         return Reaped(fence, pool, by_state[JobState.QUEUED], by_state[JobState.FAILED])
@@ -301,10 +285,10 @@ class MemoryQueue:
     def promote(self, *, limit: int = 100) -> int:
         """Put delayed jobs that are due back in line; say how many."""
         with self._lock:
-            due = [job for job in self._select(JobState.DELAYED) if job.due_ms <= self._now_ms()]
+            due = [job for job in self._table.select(JobState.DELAYED) if job.due_ms <= self._now_ms()]
             due = sorted(due, key=lambda job: (job.due_ms, job.id))[:limit]
             for job in due:
-                self._change(job, JobState.QUEUED)
+                self._table.change(self._now_ms(), job, JobState.QUEUED)
             return len(due)
 
     def see_worker(self, info: WorkerInfo, *, ttl_s: float) -> None:
@@ -334,49 +318,19 @@ class MemoryQueue:
             return tuple(self._stats(pool) for pool in sorted(self._pools))
 
     def _stats(self, pool: str) -> PoolStats:
-        line = self._line(pool)
-        states = Counter(job.state for job in self._jobs.values() if job.pool == pool)
+        line = self._table.line(pool)
+        states = Counter(job.state for job in self._table.jobs.values() if job.pool == pool)
         return PoolStats(
             pool=pool,
             queued=len(line),
             delayed=states[JobState.DELAYED],
             running=states[JobState.RUNNING],
             groups=len({job.group for job in line}),
-            leases=sum(held.pool == pool for held in self._held.values()),
+            leases=sum(held.pool == pool for held in self._table.held.values()),
             oldest_ready_s=max(0, self._now_ms() - line[0].ready_ms) / 1000 if line else 0.0,
+            leases_expired=self._table.leases_expired[pool],
+            dead_letters=self._table.dead_letters[pool],
         )
 
     def ping(self) -> None:
         """Answer."""
-
-    # --- the state -----------------------------------------------------------------------------------------------
-
-    def _select(self, *states: JobState) -> list[Job]:
-        return [job for job in self._jobs.values() if job.state in states]
-
-    def _line(self, pool: str) -> list[Job]:
-        """List a pool's ready jobs, oldest first: by fair tag, equal tags by order of submission."""
-        ready = (job for job in self._select(JobState.QUEUED) if job.pool == pool)
-        return sorted(ready, key=lambda job: (job.tag, job.seq))
-
-    def _jobs_of(self, fence: str) -> tuple[Job, ...]:
-        running = (job for job in self._select(JobState.RUNNING) if job.fence == fence)
-        return tuple(sorted(running, key=lambda job: (job.tag, job.seq)))
-
-    def _lease(self, fence: str) -> Lease:
-        held = self._held[fence]
-        return Lease(fence, held.pool, held.group, self._jobs_of(fence), held.expires_ms)
-
-    def _change(self, job: Job, state: JobState | None = None, **fields: Any) -> None:
-        """Replace a job. Entering a state sets what belongs to it; a lease ends with its last job."""
-        now = self._now_ms()
-        if state is not None:
-            entered: dict[str, Any] = {"state": state, "fence": ""}
-            if state is JobState.QUEUED:
-                entered |= {"ready_ms": now, "due_ms": 0, "progress": 0.0}
-            elif state.is_terminal:
-                entered |= {"finished_ms": now}
-            fields = entered | fields
-        self._jobs[job.id] = replace(job, **fields)
-        if job.fence and not self._jobs_of(job.fence):
-            del self._held[job.fence]

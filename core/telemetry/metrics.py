@@ -159,13 +159,9 @@ class _Jobs:
             "job_run_seconds", "From claimed to finished, per job.", "pool", buckets=LONG_BUCKETS
         )
         self._released = registry.counter("jobs_released_total", "Jobs given back without an attempt.", "pool")
-        self._expired = registry.counter(
-            "leases_expired_total", "Leases taken back because nobody renewed them.", "pool"
-        )
-        self._reaped = registry.counter("jobs_reaped_total", "Jobs of leases that were taken back.", "pool")
         self._stale = registry.counter("stale_finishes_total", "Results refused: their token was not live.", "pool")
         for pool in pools:
-            for counter in (self._released, self._expired, self._reaped, self._stale):
+            for counter in (self._released, self._stale):
                 counter.labels(pool)
 
     def __call__(self, event: JobEvent) -> None:
@@ -180,9 +176,8 @@ class _Jobs:
                 self._retried.labels(pool, code).inc()
             case JobsReleased(pool=pool, count=count):
                 self._released.labels(pool).inc(count)
-            case LeaseExpired(pool=pool, jobs=jobs):
-                self._expired.labels(pool).inc()
-                self._reaped.labels(pool).inc(jobs)
+            case LeaseExpired():
+                pass  # the queue counts these, for any process may take a lease back: see queue_gauges
             case StaleFinish(pool=pool):
                 self._stale.labels(pool).inc()
             case _:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import Metric
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from core.errors import QueueError
@@ -38,7 +38,20 @@ POOL_GAUGES: tuple[tuple[MetricInfo, Callable[[PoolStats], float]], ...] = (
     ),
 )
 
-QUEUE_INFOS = (QUEUE_UP, JOBS, *(info for info, _ in POOL_GAUGES))
+POOL_COUNTERS: tuple[tuple[MetricInfo, Callable[[PoolStats], float]], ...] = (
+    (
+        MetricInfo(
+            f"{PREFIX}leases_expired_total", "counter", "Leases taken back because nobody renewed them.", ("pool",)
+        ),
+        lambda stats: stats.leases_expired,
+    ),
+    (
+        MetricInfo(f"{PREFIX}dead_letters_total", "counter", "Jobs that failed for good.", ("pool",)),
+        lambda stats: stats.dead_letters,
+    ),
+)
+
+QUEUE_INFOS = (QUEUE_UP, JOBS, *(info for info, _ in (*POOL_GAUGES, *POOL_COUNTERS)))
 """What a scrape of the queue gives."""
 
 
@@ -73,12 +86,13 @@ def _jobs(pools: Sequence[PoolStats]) -> Metric:
 
 
 def _by_pool(pools: Sequence[PoolStats]) -> Iterable[Metric]:
-    for info, value in POOL_GAUGES:
+    for info, value in (*POOL_GAUGES, *POOL_COUNTERS):
         family = _family(info)
         for stats in pools:
             family.add_metric([stats.pool], value(stats))
         yield family
 
 
-def _family(info: MetricInfo) -> GaugeMetricFamily:
-    return GaugeMetricFamily(info.name, info.help, labels=info.labels)
+def _family(info: MetricInfo) -> GaugeMetricFamily | CounterMetricFamily:
+    family = CounterMetricFamily if info.type == "counter" else GaugeMetricFamily
+    return family(info.name, info.help, labels=info.labels)

@@ -204,6 +204,6 @@ def test_promtool_finds_no_fault_in_a_live_exposition() -> None:
     ):
         metrics(event)
     metrics.http_request(method="GET", route="/v1/jobs/{id}", status=200, seconds=0.01)
-    metrics.watch_queue(lambda: [PoolStats("default", 1, 0, 1, 1, 1, 2.5, 1)])
+    metrics.watch_queue(lambda: [PoolStats("default", 1, 0, 1, 1, 1, 2.5, 1, 1, 1)])
     # Expect promtool's linter to pass what a scrape would read
     promtool("check", "metrics", text=metrics.exposition()[0].decode())

@@ -119,7 +119,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setattr("worker.runner.UPLOAD_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("worker.runner.PATIENCE_S", (0.0, 0.0))
     return World(tmp_path)
 
 

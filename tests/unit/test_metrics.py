@@ -77,10 +77,7 @@ EFFECTS: list[tuple[Event, dict[str, float]]] = [
         {'fuseline_jobs_retried_total{code="store_unavailable",pool="p"}': 1},
     ),
     (JobsReleased("p", 3), {'fuseline_jobs_released_total{pool="p"}': 3}),
-    (
-        LeaseExpired("p", 2),
-        {'fuseline_leases_expired_total{pool="p"}': 1, 'fuseline_jobs_reaped_total{pool="p"}': 2},
-    ),
+    (LeaseExpired("p", 2), {}),
     (StaleFinish("j", "p"), {'fuseline_stale_finishes_total{pool="p"}': 1}),
 ]
 
@@ -129,7 +126,7 @@ def test_every_metric_is_reached_by_an_event_a_request_or_a_scrape_of_the_queue(
     for event, _ in EFFECTS:
         metrics(event)
     metrics.http_request(method="GET", route="/healthz", status=200, seconds=0.01)
-    metrics.watch_queue(lambda: [PoolStats("p", 1, 1, 1, 1, 1, 1.0, 1)])
+    metrics.watch_queue(lambda: [PoolStats("p", 1, 1, 1, 1, 1, 1.0, 1, 1, 1)])
     # Expect a value other than 0 in each metric of the reference
     moved = {_family(name) for name, value in samples(metrics).items() if value}
     assert {_family(info.name) for info in metric_infos()} == moved
@@ -156,7 +153,6 @@ def test_counters_of_known_pools_start_at_zero() -> None:
     # Given a known pool; a first increase from nothing would be invisible to increase()
     found = samples(Metrics(pools=["p"]))
     assert found['fuseline_stale_finishes_total{pool="p"}'] == 0.0
-    assert found['fuseline_leases_expired_total{pool="p"}'] == 0.0
 
 
 def test_requests_are_counted_by_route_and_an_invented_method_makes_no_new_series(metrics: Metrics) -> None:
@@ -171,7 +167,20 @@ def test_requests_are_counted_by_route_and_an_invented_method_makes_no_new_serie
 
 def test_the_queue_is_asked_at_each_scrape_and_not_before(metrics: Metrics) -> None:
     answers = [
-        [PoolStats("p", queued=4, delayed=1, running=2, groups=3, leases=2, oldest_ready_s=9.5, tickets=6)],
+        [
+            PoolStats(
+                "p",
+                queued=4,
+                delayed=1,
+                running=2,
+                groups=3,
+                leases=2,
+                oldest_ready_s=9.5,
+                tickets=6,
+                leases_expired=7,
+                dead_letters=8,
+            )
+        ],
         [PoolStats("p", queued=0, delayed=0, running=0, groups=0, leases=0, oldest_ready_s=0.0)],
     ]
     metrics.watch_queue(lambda: answers.pop(0))
@@ -183,6 +192,8 @@ def test_the_queue_is_asked_at_each_scrape_and_not_before(metrics: Metrics) -> N
     assert first['fuseline_queue_groups{pool="p"}'] == 3
     assert first['fuseline_queue_leases{pool="p"}'] == 2
     assert first['fuseline_queue_tickets{pool="p"}'] == 6
+    assert first['fuseline_leases_expired_total{pool="p"}'] == 7
+    assert first['fuseline_dead_letters_total{pool="p"}'] == 8
     assert first['fuseline_queue_oldest_ready_age_seconds{pool="p"}'] == 9.5
     assert second['fuseline_queue_jobs{pool="p",state="queued"}'] == 0
     assert not answers
