@@ -81,6 +81,7 @@ KEYS = (
     Key("lined", "lined:{}", "hash", _W, "of a pool: tenant -> its ready jobs"),
     Key("taken", "taken:{}", "hash", _W, "of a pool: group -> live leases on it"),
     Key("count", "count:{}", "hash", _W, "of a pool: delayed, running, leases"),
+    Key("totals", "totals:{}", "hash", _P, "of a pool: leases that ever expired, jobs that ever became dead letters"),
     Key("waiting", "waiting", "hash", _W, "tenant -> its jobs that are queued or delayed, in all pools"),
     Key("inflight", "inflight", "hash", _W, "tenant -> its jobs that run, in all pools"),
     Key("delayed", "delayed", "zset", _W, "job id by due time in ms"),

@@ -121,7 +121,7 @@ end
 
 -- Enter a failed job among the dead letters, of which the oldest give way.
 local function bury(job, now, ttl_ms)
-  count(key.count(job.pool), 'dead', 1)
+  count(key.totals(job.pool), 'dead', 1)
   redis.call('ZADD', key.dead(), whole(now), job.id)
   redis.call('ZREMRANGEBYSCORE', key.dead(), '-inf', whole(now - ttl_ms))
   redis.call('ZREMRANGEBYRANK', key.dead(), 0, -limits.dead - 1)

@@ -29,7 +29,7 @@ for _, fence in ipairs(expired) do
       requeued[#requeued + 1] = job.id
     end
   end
-  count(key.count(pool), 'expired', 1)
+  count(key.totals(pool), 'expired', 1)
   answer[#answer + 1] = { fence, pool, requeued, failed, cancelled }
 end
 return answer
