@@ -178,8 +178,8 @@ class RedisQueue:
     def stats(self) -> tuple[PoolStats, ...]:
         """Count, by pool. O(pools). ``tickets`` is the broker's to know: see ``TicketOffice.waiting``."""
         return tuple(
-            PoolStats(*counts, int(age_ms) / 1000, leases_expired=expired, dead_letters=dead)
-            for *counts, age_ms, expired, dead in self._run("stats")
+            PoolStats(pool, queued, delayed, running, groups, leases, int(age_ms) / 1000, 0, expired, dead)
+            for pool, queued, delayed, running, groups, leases, age_ms, expired, dead in self._run("stats")
         )
 
     def ping(self) -> None:
