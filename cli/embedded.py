@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,19 @@ from core.errors import QueueUnavailable
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 10.0
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process, a new child, with SIGTERM if its parent is killed; elsewhere do nothing.
+
+    Linux means the thread that made the child: the signal comes when that thread ends, even if the parent lives on.
+    So children are started from the main thread. Given to ``Popen`` as ``preexec_fn``.
+    """
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:
@@ -40,6 +55,8 @@ class EmbeddedValkey:
         self.port = port or free_port()
         self.appendfsync = appendfsync
         self.process: subprocess.Popen[bytes] | None = None
+        self.kept_open: tuple[int, ...] = ()
+        """File descriptors that the server holds open as long as it lives, such as the lock on its directory."""
 
     @property
     def url(self) -> str:
@@ -68,6 +85,8 @@ class EmbeddedValkey:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            pass_fds=self.kept_open,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - one call into a library that is loaded already
         )
         self._wait_ready(log)
 

@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import fcntl
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
-from cli.embedded import EmbeddedValkey, free_port
-from core.errors import QueueUnavailable
+from cli.embedded import EmbeddedValkey, die_with_parent, free_port
+from core.errors import FuselineError, QueueUnavailable
 
 READY_TIMEOUT_S = 60.0
 DRAIN_TIMEOUT_S = 30.0
-_PR_SET_PDEATHSIG = 1
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+class DirectoryInUse(FuselineError):
+    """Another stack runs on the directory: two Valkeys would write one append-only file."""
+
+    code = "directory_in_use"
+    blame = "client"
 
 
 @dataclass
 class Stack:
-    """Valkey, one API and ``workers`` workers. State, logs and stored objects lie under ``directory``."""
+    """Valkey, one API and ``workers`` workers. State, logs and stored objects lie under ``directory``.
+
+    Started and stopped from the main thread, on a directory that is ``held``.
+    """
 
     directory: Path
     workers: int = 1
     api_port: int = 0
     """0 = any free port."""
+    fresh: bool = False
+    """Whether the directory is emptied once it is held."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Further environment variables of API and workers, such as ``FUSELINE_LEASE_S``."""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -70,6 +83,25 @@ class Stack:
             **self.settings,
         }
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other stacks off the directory for the length of a ``with`` block, and empty it first if ``fresh``.
+
+        The lock is a file beside the directory. Valkey holds it too: should it outlive this process, the directory
+        stays locked. Raises ``DirectoryInUse`` if another stack holds it.
+        """
+        self.directory.parent.mkdir(parents=True, exist_ok=True)
+        with self.directory.with_name(f"{self.directory.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                msg = f"another stack runs on {self.directory}; stop it, or name another directory with --dir"
+                raise DirectoryInUse(msg) from error
+            self.valkey.kept_open = (lock.fileno(),)
+            if self.fresh:
+                shutil.rmtree(self.directory, ignore_errors=True)
+            yield
+
     def start_valkey(self) -> None:
         """Start the queue's server."""
         self.valkey.start()
@@ -96,17 +128,17 @@ class Stack:
         return self.directory / "logs" / f"{name}.log"
 
     def stop(self) -> None:
-        """Drain the workers, then stop the API, then Valkey. Whoever does not end in time is killed."""
-        workers = {name: process for name, process in self.processes.items() if name != "api"}
-        for processes in (workers, {"api": self.processes.get("api")}):
-            running = [process for process in processes.values() if process is not None]
-            for process in running:
-                if process.poll() is None:
-                    process.send_signal(signal.SIGTERM)
-            for process in running:
-                _end(process)
-        self.processes.clear()
-        self.valkey.stop()
+        """Drain the workers, then stop the API, then Valkey. Whoever does not end in time is killed.
+
+        Ctrl-C and SIGTERM do not break this off: they kill all that still run, and so end the waiting.
+        """
+        everyone = [process for process in (*self.processes.values(), self.valkey.process) if process is not None]
+        with _interrupted_by(lambda: _kill(everyone)):
+            api = self.processes.pop("api", None)
+            _end(list(self.processes.values()))
+            _end([api] if api is not None else [])
+            self.processes.clear()
+            self.valkey.stop()
 
     def _spawn(self, name: str, command: list[str], own: Mapping[str, str]) -> None:
         log = self.log(name)
@@ -120,7 +152,7 @@ class Stack:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - no thread runs yet
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - one call into a library that is loaded already
             )
 
     def _wait_ready(self) -> None:
@@ -139,28 +171,47 @@ class Stack:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Make SIGTERM end a ``with`` block as Ctrl-C does, so that whatever it started is stopped."""
+    """Make Ctrl-C and SIGTERM end a ``with`` block by ``KeyboardInterrupt``, so that what it started is stopped.
 
-    def interrupt(_number: int, _frame: object) -> None:
+    Only once: what comes between the first and ``Stack.stop`` must not keep that from being reached.
+    """
+
+    def interrupt() -> None:
+        for number in _INTERRUPTS:
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    with _interrupted_by(interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def _interrupted_by(act: Callable[[], None]) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM call ``act`` for the length of a ``with`` block."""
+    before = [(number, signal.signal(number, lambda _number, _frame: act())) for number in _INTERRUPTS]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(DRAIN_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Tell processes to end, wait until they have, and kill those that take too long."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _kill([process])
+            process.wait()
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this child if its parent is killed; elsewhere do nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill the processes that still run, each with its whole group."""
+    for process in processes:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

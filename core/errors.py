@@ -23,7 +23,7 @@ dashboards read; ``retryable`` says whether the same call may succeed later; ``b
     │   └── QueueUnavailable  LeaseLost  QueueMisconfigured
     ├── CacheTooSmall                one set needs more bytes than the cache may hold
     └── EngineError                  sampling
-        └── EngineOutOfMemory  EngineFailed  JobCancelled
+        └── EngineOutOfMemory  EngineFailed  EngineBroken  JobCancelled
 """
 
 from __future__ import annotations
@@ -223,6 +223,7 @@ class StoreDenied(StoreError):
     """The store refused the credentials."""
 
     code = "store_denied"
+    retryable = True
 
 
 class InvalidKey(StoreError):
@@ -285,12 +286,20 @@ class EngineOutOfMemory(EngineError):
     """The device has too little memory even for one image."""
 
     code = "engine_out_of_memory"
+    retryable = True
 
 
 class EngineFailed(EngineError):
     """The model or the device failed while sampling."""
 
     code = "engine_failed"
+    retryable = True
+
+
+class EngineBroken(EngineError):
+    """The device does not answer any more in this process; a new process must take over."""
+
+    code = "engine_broken"
     retryable = True
 
 

@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     slack: float = Field(default=64 * 20 * 512 * 512, ge=0)
     """How much later work, in cost units (steps × pixels × images), may overtake a job."""
     max_attempts: int = Field(default=5, ge=1)
-    retry_base_s: float = Field(default=2.0, gt=0)
+    retry_base_s: float = Field(default=5.0, gt=0)
     """Delay before the first retry; doubled for each further one, with jitter."""
     retry_max_s: float = Field(default=60.0, gt=0)
     max_queued_per_tenant: int = Field(default=100_000, ge=1)
@@ -80,8 +80,8 @@ class Settings(BaseSettings):
     cache_max_bytes: int = Field(default=20 * 1024**3, ge=1)
     ticket_budget_s: float = Field(default=300.0, gt=0)
     """How long one Celery task goes on taking batches before it makes room for a new one."""
-    job_timeout_s: float = Field(default=600.0, gt=0)
-    """Longest run of one batch."""
+    stall_s: float = Field(default=600.0, gt=0)
+    """A batch that makes no progress for this long loses its lease, and its process is replaced."""
     worker_metrics_port: int = Field(default=9808, ge=0, le=65_535)
     """Prometheus port of a worker; 0 = any free one."""
     worker_metrics_host: str = "127.0.0.1"

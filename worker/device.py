@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from core.catalogue.records import ModelRecord
 from core.errors import (
     ChecksumMismatch,
+    EngineOutOfMemory,
     FuselineError,
     LoraChecksumMismatch,
     LoraError,
@@ -76,8 +79,11 @@ class Device:
         """Digest of the model that is loaded."""
         return self._model
 
-    def hold(self, model: ModelRecord, loras: LoraSet, *, partial: bool) -> Held:
+    def hold(self, model: ModelRecord, loras: LoraSet, sources: Mapping[str, Sequence[str]], *, partial: bool) -> Held:
         """Bring a model and a LoRA set onto the device.
+
+        ``sources``: LoRA digest → object keys that hold that content; the first that works is used. Reports and
+        messages name a LoRA by the first 12 digits of its digest: whose name it bears is the caller's to say.
 
         With ``partial``, LoRAs that cannot be applied are left out and told in ``problems``; without it the first
         such error is raised, and the weights are those of the base model or of the set before. Raises ``LoraError``,
@@ -88,7 +94,12 @@ class Device:
         if self._held is not None and self._set == loras.id and (partial or not self._held.problems):
             return _again(self._held)
         self._held = self._set = None
-        held = self._apply(engine, loras, partial=partial)
+        anonymous = LoraSet(tuple(replace(ref, name="") for ref in loras))
+        try:
+            held = self._apply(engine, anonymous, sources, partial=partial)
+        except torch.OutOfMemoryError as error:
+            msg = f"{len(loras)} LoRAs do not fit into the device's memory beside the model"
+            raise EngineOutOfMemory(msg) from error
         self._held, self._set = held, loras.id
         return held
 
@@ -111,12 +122,12 @@ class Device:
         self._model, self._engine = model.digest, engine
         return engine
 
-    def _apply(self, engine: Engine, loras: LoraSet, *, partial: bool) -> Held:
+    def _apply(self, engine: Engine, loras: LoraSet, sources: Mapping[str, Sequence[str]], *, partial: bool) -> Held:
         problems: dict[str, LoraError] = {}
         hits: list[bool] = []
         with contextlib.ExitStack() as pinned:
             with self._timed("fetch"):
-                paths = self._fetch(loras, pinned, problems, hits)
+                paths = self._fetch(loras, sources, pinned, problems, hits)
             with self._timed("fuse"):
                 loaded = self._read(loras, paths, problems)
                 if problems and not partial:
@@ -139,31 +150,41 @@ class Device:
         )
 
     def _fetch(
-        self, loras: LoraSet, pinned: contextlib.ExitStack, problems: dict[str, LoraError], hits: list[bool]
+        self,
+        loras: LoraSet,
+        sources: Mapping[str, Sequence[str]],
+        pinned: contextlib.ExitStack,
+        problems: dict[str, LoraError],
+        hits: list[bool],
     ) -> dict[str, Path]:
-        needs = [Need(ref.key, ref.digest, ref.size_bytes, "lora") for ref in loras]
+        needs = [Need(sources[ref.digest][0], ref.digest, ref.size_bytes, "lora") for ref in loras]
         hits.extend(self._cache.holds(need) for need in needs)
         try:
             return dict(pinned.enter_context(self._cache.files(needs)))
         except (ObjectNotFound, ChecksumMismatch):
-            return self._fetch_singly(loras, pinned, problems)
+            return self._fetch_singly(loras, sources, pinned, problems)
 
     def _fetch_singly(
-        self, loras: LoraSet, pinned: contextlib.ExitStack, problems: dict[str, LoraError]
+        self,
+        loras: LoraSet,
+        sources: Mapping[str, Sequence[str]],
+        pinned: contextlib.ExitStack,
+        problems: dict[str, LoraError],
     ) -> dict[str, Path]:
         paths: dict[str, Path] = {}
         for ref in loras:
-            need = Need(ref.key, ref.digest, ref.size_bytes, "lora")
-            try:
-                paths.update(pinned.enter_context(self._cache.files([need])))
-            except ObjectNotFound:
-                problems[ref.digest] = LoraObjectMissing(
-                    f"LoRA {ref.name!r}: the store has no object {ref.key!r}; upload it again or register another"
-                )
-            except ChecksumMismatch as error:
-                problems[ref.digest] = LoraChecksumMismatch(
-                    f"LoRA {ref.name!r}: the object changed after it was registered; register it again ({error})"
-                )
+            for key in sources[ref.digest]:
+                need = Need(key, ref.digest, ref.size_bytes, "lora")
+                try:
+                    paths.update(pinned.enter_context(self._cache.files([need])))
+                    problems.pop(ref.digest, None)
+                    break
+                except ObjectNotFound:
+                    msg = f"LoRA {ref.digest[:12]!r}: its object is gone from the store; upload and register it again"
+                    problems[ref.digest] = LoraObjectMissing(msg)
+                except ChecksumMismatch:
+                    msg = f"LoRA {ref.digest[:12]!r}: its object changed after it was registered; register it again"
+                    problems[ref.digest] = LoraChecksumMismatch(msg)
         return paths
 
     def _read(self, loras: LoraSet, paths: Mapping[str, Path], problems: dict[str, LoraError]) -> dict[str, LoadedLora]:

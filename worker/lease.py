@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -14,19 +14,27 @@ from core.ports import JobQueue, Lease
 
 _log = logging.getLogger(__name__)
 
+WEDGED_GRACE_S = 10.0
+"""How long a run that lost its lease for want of progress may take to notice."""
+
 
 class LeaseKeeper:
     """Renews a lease from a thread of its own, for the length of a ``with`` block.
 
     It renews only while ``advance`` has been called within ``stall_s``: a wedged run loses its lease, and its jobs go
-    to another worker. When the lease is lost, ``check`` raises in the runner's thread, which then stores nothing.
+    to another worker. If it is still wedged after ``WEDGED_GRACE_S`` more, ``on_wedged`` is called to end the process,
+    for nothing else interrupts a device call. When the lease is lost, ``check`` raises in the runner's thread, which
+    then stores nothing.
     """
 
-    def __init__(self, queue: JobQueue, lease: Lease, *, lease_s: float, stall_s: float) -> None:
+    def __init__(
+        self, queue: JobQueue, lease: Lease, *, lease_s: float, stall_s: float, on_wedged: Callable[[], object]
+    ) -> None:
         self.lease = lease
         self._queue = queue
         self._lease_s = lease_s
         self._stall_s = stall_s
+        self._on_wedged = on_wedged
         self._progress: dict[str, float] = {}
         self._cancelled: frozenset[str] = frozenset()
         self._lost: LeaseLost | None = None
@@ -76,6 +84,9 @@ class LeaseKeeper:
             stalled_s = time.monotonic() - self._advanced
             if stalled_s > self._stall_s:
                 self._lost = LeaseLost(f"lease {self.lease.fence} given up: no progress for {stalled_s:.0f} s")
+                if not self._stop.wait(WEDGED_GRACE_S):
+                    _log.critical("the run is wedged; this process ends and is replaced")
+                    self._on_wedged()
                 return
             asked = time.monotonic()
             try:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from celery.signals import worker_process_init, worker_ready, worker_shutting_down
+from celery.signals import setup_logging, worker_process_init, worker_ready, worker_shutting_down
 
 from core.catalogue.redis import RedisCatalogue
 from core.errors import FuselineError
@@ -35,20 +35,30 @@ from worker.tasks import child
 _log = logging.getLogger("worker")
 
 
-@worker_process_init.connect
+@worker_process_init.connect(dispatch_uid="fuseline-child")
 def _start_child(**_: Any) -> None:
-    """Serve the child's metrics from its first moment, and say how its runner is made."""
+    """Say how the child's runner is made, and serve its metrics from its first moment."""
     settings = Settings()
-    configure(settings.log_level, json_lines=settings.log_json)
     metrics, log = Metrics(pools=[settings.pool]), EventLog()
-    port = metrics.serve(settings.worker_metrics_port, settings.worker_metrics_host)
-    _log.info("metrics on http://%s:%d/metrics", settings.worker_metrics_host, port)
 
     def observe(event: Event) -> None:
         metrics(event)
         log(event)
 
     child.build = lambda: build_runner(settings, observe)
+    try:
+        port = metrics.serve(settings.worker_metrics_port, settings.worker_metrics_host)
+    except OSError as error:
+        port = metrics.serve(0, settings.worker_metrics_host)
+        _log.warning("metrics port %d is taken (%s); set another", settings.worker_metrics_port, error)
+    _log.info("metrics on http://%s:%d/metrics", settings.worker_metrics_host, port)
+
+
+@setup_logging.connect(dispatch_uid="fuseline-logging")
+def _configure_logging(**_: Any) -> None:
+    """Log as the settings say, in the parent and in the child; Celery then leaves logging alone."""
+    settings = Settings()
+    configure(settings.log_level, json_lines=settings.log_json)
 
 
 def build_runner(settings: Settings, observe: Observer) -> Callable[[], int]:
@@ -67,7 +77,7 @@ def build_runner(settings: Settings, observe: Observer) -> Callable[[], int]:
             worker=settings.worker_name,
             pool=settings.pool,
             lease_s=settings.lease_s,
-            job_timeout_s=settings.job_timeout_s,
+            stall_s=settings.stall_s,
             slack=settings.slack,
             batch_max=settings.batch_max,
             retry_base_s=settings.retry_base_s,
@@ -78,6 +88,7 @@ def build_runner(settings: Settings, observe: Observer) -> Callable[[], int]:
         catalogue=RedisCatalogue(client),
         device=Device(cache, _engine_loader(settings), observe),
         observe=observe,
+        end_process=lambda: os._exit(1),
     )
     drain_file = settings.drain_file
     assert drain_file is not None, "set by the parent"
@@ -101,7 +112,7 @@ def main() -> int:
             return 1
         app = make_celery(broker_url, settings.pool)
         app.conf.include = ["worker.main"]
-        app.conf.task_time_limit = settings.ticket_budget_s + 2 * settings.job_timeout_s
+        app.conf.worker_redirect_stdouts = False
         worker_ready.connect(lambda **_: parent.start(), weak=False)
         worker_shutting_down.connect(lambda **_: parent.drain(), weak=False)
         arguments = ["worker", *WORKER_FLAGS, "-Q", queue_name(settings.pool), "-n", f"{name}@%h"]

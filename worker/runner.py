@@ -15,9 +15,18 @@ from typing import TypeVar
 
 from PIL import Image
 
-from core.errors import EngineError, FuselineError, JobCancelled, LeaseLost, QueueUnavailable, StoreUnavailable
+from core.errors import (
+    EngineBroken,
+    EngineFailed,
+    EngineOutOfMemory,
+    FuselineError,
+    JobCancelled,
+    LeaseLost,
+    QueueUnavailable,
+    StoreUnavailable,
+)
 from core.events import BatchClaimed, BatchSampled, JobFinished, JobRetried, JobsReleased, StageTimed, StepDone
-from core.job import ImageResult, Job, JobError, JobResult, JobSpec, JobState
+from core.job import ImageResult, Job, JobError, JobResult, JobSpec, JobState, LoraReport
 from core.ports import Catalogue, JobQueue, Lease, ObjectStore, Observer, WorkerInfo
 from core.scheduling import choose
 from worker.device import Device, Held
@@ -43,7 +52,7 @@ class RunnerSettings:
     worker: str
     pool: str
     lease_s: float
-    job_timeout_s: float
+    stall_s: float
     slack: float
     batch_max: int
     retry_base_s: float
@@ -81,6 +90,7 @@ class Runner:
         catalogue: Catalogue,
         device: Device,
         observe: Observer,
+        end_process: Callable[[], object],
     ) -> None:
         self._settings = settings
         self._queue = queue
@@ -88,6 +98,8 @@ class Runner:
         self._catalogue = catalogue
         self._device = device
         self._observe = observe
+        self._end_process = end_process
+        """Called when this process can do no more; its parent starts another."""
         self._fused: str | None = None
         """Group whose model and LoRA set the device holds."""
 
@@ -126,7 +138,9 @@ class Runner:
 
     def _run(self, lease: Lease, draining: Callable[[], bool]) -> None:
         settings = self._settings
-        keeper = LeaseKeeper(self._queue, lease, lease_s=settings.lease_s, stall_s=settings.job_timeout_s)
+        keeper = LeaseKeeper(
+            self._queue, lease, lease_s=settings.lease_s, stall_s=settings.stall_s, on_wedged=self._end_process
+        )
         batch = _Batch(lease, keeper, open={job.id: job for job in lease.jobs})
         with keeper:
             try:
@@ -141,6 +155,9 @@ class Runner:
                 return
             except FuselineError as error:
                 self._fail(batch, list(batch.open.values()), error)
+                if isinstance(error, EngineBroken):
+                    _log.critical("%s; this process ends and is replaced", error)
+                    self._end_process()
             self._give_back(batch)
 
     def _hold(self, batch: _Batch) -> Held:
@@ -149,7 +166,9 @@ class Runner:
         jobs = list(batch.open.values())
         self._fused = None
         model = self._catalogue.get_model_version(spec.model_digest)
-        held = self._device.hold(model, spec.loras, partial=any(job.spec.on_lora_error == "continue" for job in jobs))
+        partial_ok = any(job.spec.on_lora_error == "continue" for job in jobs)
+        sources = _sources(jobs)
+        held = _patiently(StoreUnavailable, lambda: self._device.hold(model, spec.loras, sources, partial=partial_ok))
         batch.stage_s.update(held.stage_s)
         batch.keeper.advance()
         if held.problems:
@@ -173,14 +192,21 @@ class Runner:
         except JobCancelled:
             self._end_cancelled(batch)
             return
-        except EngineError as error:
-            if len(rows) == 1:
-                self._fail(batch, [rows[0][0]], error)
-                return
-            middle = len(rows) // 2
-            self._draw(batch, held, rows[:middle])
-            self._draw(batch, held, rows[middle:])
+        except (EngineFailed, EngineOutOfMemory) as error:
+            # a new error, for the caught one holds the failed pass' tensors by its traceback
+            failure = type(error)(str(error))
+        else:
+            self._store_pass(batch, held, rows, pictures)
             return
+        if len(rows) == 1:
+            self._fail(batch, [rows[0][0]], failure)
+            return
+        middle = len(rows) // 2
+        self._draw(batch, held, rows[:middle])
+        self._draw(batch, held, rows[middle:])
+
+    def _store_pass(self, batch: _Batch, held: Held, rows: Sequence[_Row], pictures: Sequence[Image.Image]) -> None:
+        """Encode and store a pass' images, and finish the jobs that have all of theirs."""
         self._end_cancelled(batch)
         for (job, index), picture in zip(rows, pictures, strict=True):
             if job.id not in batch.open:
@@ -231,7 +257,7 @@ class Runner:
     def _finish(self, batch: _Batch, held: Held, job: Job) -> None:
         result = JobResult(
             images=tuple(sorted(batch.images[job.id], key=lambda image: image.index)),
-            loras=held.reports,
+            loras=tuple(_named_report(report, job.spec) for report in held.reports),
             stage_s=dict(batch.stage_s),
             batch=batch.lease.fence,
             batch_size=batch.sampled_with[job.id],
@@ -248,7 +274,8 @@ class Runner:
             if batch.keeper.is_cancelled(job.id):
                 continue
             retry_in_s = self._backoff_s(job.attempt) if error.retryable else None
-            told = JobError(code=error.code, message=str(error), retryable=error.retryable, blame=error.blame)
+            message = _named(str(error), job.spec)
+            told = JobError(code=error.code, message=message, retryable=error.retryable, blame=error.blame)
             call = partial(self._queue.fail, batch.lease.fence, job.id, told, retry_in_s=retry_in_s)
             state = _patiently(QueueUnavailable, call)
             if state is JobState.DELAYED:
@@ -305,6 +332,29 @@ def _patiently(trouble: type[FuselineError], call: Callable[[], T]) -> T:
             _log.warning("next try in %.1f s: %s", pause_s, error)
             time.sleep(pause_s)
     return call()
+
+
+def _sources(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """Object keys of each LoRA's content. Jobs of one group may know it by other names, of other tenants."""
+    sources: dict[str, list[str]] = {}
+    for ref in (ref for job in jobs for ref in job.spec.loras):
+        keys = sources.setdefault(ref.digest, [])
+        if ref.key not in keys:
+            keys.append(ref.key)
+    return sources
+
+
+def _named(text: str, spec: JobSpec) -> str:
+    """Put the job's own names of its LoRAs where the device wrote digests."""
+    for ref in spec.loras:
+        text = text.replace(repr(ref.digest[:12]), repr(ref.name))
+    return text
+
+
+def _named_report(report: LoraReport, spec: JobSpec) -> LoraReport:
+    names = {ref.digest: ref.name for ref in spec.loras}
+    warnings = tuple(_named(warning, spec) for warning in report.warnings)
+    return report.model_copy(update={"name": names[report.digest], "warnings": warnings})
 
 
 def _shape(spec: JobSpec) -> Shape:

@@ -123,6 +123,25 @@ def test_the_same_idempotency_key_with_another_body_is_refused(queue: JobQueue) 
         job_of(queue, "j2")
 
 
+@pytest.mark.parametrize(("result_ttl_s", "lives_s"), [(60, 60), (7 * 86_400, 86_400)])
+def test_an_idempotency_key_is_forgotten_before_its_job(
+    make_queue: MakeQueue, clock: HandClock, result_ttl_s: int, lives_s: int
+) -> None:
+    # Given
+    queue = make_queue(result_ttl_s=result_ttl_s)
+    queue.submit(new_job("j1", key="order-1", body_hash="f00"))
+
+    # Expect
+    if isinstance(queue, RedisQueue):  # its server does not follow a clock that is moved by hand
+        (name,) = queue.client.scan_iter(match="fuse:idem:*")
+        assert lives_s - 10 < queue.client.ttl(name) <= lives_s
+    else:
+        clock.forward(lives_s - 1)
+        assert queue.submit(new_job("j2", key="order-1", body_hash="f00")).replayed
+        clock.forward(1)
+        assert not queue.submit(new_job("j3", key="order-1", body_hash="f00")).replayed
+
+
 def test_tenants_do_not_share_idempotency_keys(queue: JobQueue) -> None:
     queue.submit(new_job("j1", tenant="a:b", key="c"))
 

@@ -46,7 +46,7 @@ def refusal(service: Service, **fields: Any) -> tuple[int, str]:
         ({"images": 1000}, (422, "invalid_request")),
         ({"prompt": "a\x00b"}, (422, "invalid_request")),
         ({"prompt": "a\x1bb"}, (422, "invalid_request")),
-        ({"prompt": "x" * 1_000_000}, (413, "body_too_large")),
+        ({"prompt": "x" * 1_000_000}, (413, "request_too_large")),
         ({"sampler": "magic"}, (422, "invalid_request")),
         ({"guidance": 1e9}, (422, "invalid_request")),
         ({"unknown_field": 1}, (422, "invalid_request")),

@@ -139,6 +139,9 @@ BAD: list[tuple[str, dict[str, Any], int, str, str]] = [
     ("control characters in a name", {"loras": [{"name": "a\nb"}]}, 422, "invalid_request", "loras.0.name"),
     ("an emoji in a tag's name", {"prompt": "x <lora:😀:1>"}, 422, "invalid_request", ""),
     ("a tag without name", {"prompt": "x <lora::1>"}, 422, "invalid_prompt_tag", ""),
+    ("a tag without end", {"prompt": "x <lora:ink:1"}, 422, "invalid_prompt_tag", ""),
+    ("a tag in the negative prompt", {"negative_prompt": "x <lora:ink:1>"}, 422, "invalid_prompt_tag", ""),
+    ("a tag without end there", {"negative_prompt": "x <Lora:ink"}, 422, "invalid_prompt_tag", ""),
     ("a tag with NaN", {"prompt": "x <lora:ink:nan>"}, 422, "invalid_prompt_tag", ""),
     ("a tag with a huge scale", {"prompt": "x <lora:ink:1e9>"}, 422, "invalid_request", ""),
     ("a huge scale", {"loras": [{"name": "ink", "scale": 1e9}]}, 422, "invalid_request", "loras.0.scale"),
@@ -191,6 +194,8 @@ RAW: list[tuple[str, bytes, int, str]] = [
     ("a nesting bomb of objects", b'{"prompt":' * 20_000, 400, "invalid_request"),
     ("a deep value", b'{"prompt": "x", "metadata": ' + b"[" * 900 + b"]" * 900 + b"}", 422, "invalid_request"),
     ("a 1 MB prompt", b'{"prompt": "' + b"x" * 1_000_000 + b'"}', 413, "request_too_large"),
+    ("60,000 LoRAs that are none", b'{"prompt": "x", "loras": [' + b"0," * 60_000 + b"0]}", 422, "invalid_request"),
+    ("20,000 unknown fields", json.dumps({str(n): 0 for n in range(20_000)}).encode(), 422, "invalid_request"),
     ("tags without end", b'{"prompt": "' + b"<lora:" * 40_000 + b'"}', 422, "invalid_request"),
 ]
 

@@ -1,15 +1,18 @@
 """Registering and listing LoRAs and models over HTTP, on in-memory twins."""
 
 import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from api.access import Access
-from api.context import Limits
+from api.context import REGISTRATIONS_AT_ONCE, Limits
 from core.catalogue.records import PUBLIC
 from core.errors import StoreDenied
+from core.ports import ObjectStat
 from core.store.memory import MemoryStore
 from tests.integration.api_parts import ANN, BOB, SHAPES, TOKENS, Parts, safetensors, with_catalogue
 
@@ -186,6 +189,39 @@ def test_a_store_that_fails_for_a_while_is_retryable(client: TestClient, parts: 
     assert first.json()["retryable"] is True
     assert int(first.headers["retry-after"]) > 0
     assert second.status_code == 201
+
+
+def test_only_so_many_files_are_read_at_once(parts: Parts) -> None:
+    # Given as many registrations as may be, all waiting for a store that hangs
+    began, go_on = threading.Semaphore(0), threading.Event()
+
+    class HangingStore(MemoryStore):
+        def stat(self, key: str) -> ObjectStat:
+            began.release()
+            assert go_on.wait(30)
+            return super().stat(key)
+
+    parts.store = HangingStore()
+    put(parts)
+    with parts.client() as client, ThreadPoolExecutor(REGISTRATIONS_AT_ONCE) as callers:
+        waiting = [callers.submit(register, client) for _ in range(REGISTRATIONS_AT_ONCE)]
+        try:
+            assert all(began.acquire(timeout=30) for _ in waiting)
+            # If one more is asked for
+            refused = register(client)
+        finally:
+            go_on.set()
+        # Expect it to be sent away, and a place to be free once the others are done
+        assert (refused.status_code, refused.json()["code"]) == (503, "busy")
+        assert refused.json()["retryable"] is True
+        assert int(refused.headers["retry-after"]) > 0
+        assert {answer.result().status_code for answer in waiting} <= {200, 201}
+        assert register(client).status_code == 200
+
+
+def test_a_registration_that_fails_frees_its_place(client: TestClient) -> None:
+    codes = {register(client).json()["code"] for _ in range(REGISTRATIONS_AT_ONCE + 1)}
+    assert codes == {"lora_object_missing"}
 
 
 def test_refused_credentials_are_the_operators_matter(client: TestClient, parts: Parts) -> None:

@@ -11,7 +11,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.access import Access
+from api.context import CHECKS_AT_ONCE
 from core.errors import QueueUnavailable
+from core.job import Job
 from core.queue.memory import MemoryQueue
 from core.store.links import LinkSigner
 from core.store.local import LocalStore
@@ -168,14 +170,40 @@ def test_a_crowd_waits_for_a_slow_queue_together() -> None:
     barrier = threading.Barrier(crowd)
 
     class SlowQueue(MemoryQueue):
-        def ping(self) -> None:
+        def get(self, tenant: str, job_id: str) -> Job:
             barrier.wait(timeout=30)
+            return super().get(tenant, job_id)
 
     # If they ask at once
     with Parts(queue=SlowQueue()).client() as client, ThreadPoolExecutor(crowd) as callers:
-        answers = [callers.submit(client.get, "/readyz") for _ in range(crowd)]
+        answers = [callers.submit(client.get, "/v1/jobs/" + "0" * 32) for _ in range(crowd)]
         # Expect that none of them stood behind another
-        assert {answer.result().status_code for answer in answers} == {200}
+        assert {answer.result().status_code for answer in answers} == {404}
+
+
+def test_only_so_many_readiness_checks_wait_at_once() -> None:
+    # Given as many checks as may be, all waiting for a queue that hangs
+    began, go_on = threading.Semaphore(0), threading.Event()
+
+    class HangingQueue(MemoryQueue):
+        def ping(self) -> None:
+            began.release()
+            assert go_on.wait(30)
+
+    with Parts(queue=HangingQueue()).client() as client, ThreadPoolExecutor(CHECKS_AT_ONCE) as callers:
+        waiting = [callers.submit(client.get, "/readyz") for _ in range(CHECKS_AT_ONCE)]
+        try:
+            assert all(began.acquire(timeout=30) for _ in waiting)
+            # If one more asks
+            refused = client.get("/readyz")
+        finally:
+            go_on.set()
+        # Expect it to be sent away, and the others to be answered
+        assert (refused.status_code, refused.json()["code"]) == (503, "busy")
+        assert refused.json()["retryable"] is True
+        assert int(refused.headers["retry-after"]) > 0
+        assert {answer.result().status_code for answer in waiting} == {200}
+        assert client.get("/readyz").status_code == 200
 
 
 def test_requests_are_counted_by_route_template() -> None:

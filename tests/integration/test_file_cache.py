@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from core.errors import CacheTooSmall, ChecksumMismatch, ObjectNotFound, StoreUnavailable
+from core.errors import CacheBusy, CacheTooSmall, ChecksumMismatch, ObjectNotFound, StoreUnavailable
 from core.events import CacheEvicted, CacheSized, CacheUsed, Event, FileFetched
 from core.store.links import LinkSigner
 from core.store.local import LocalStore
@@ -222,6 +222,11 @@ def test_a_directory_that_cannot_be_used_is_a_typed_error(tmp_path: Path, store:
         FileCache(tmp_path / "file", 100, store, lambda _event: None)
 
 
+def test_only_what_others_hold_is_worth_another_try() -> None:
+    assert CacheBusy.retryable
+    assert not CacheTooSmall.retryable
+
+
 # --- several users ----------------------------------------------------------------------------------------------
 
 
@@ -230,7 +235,7 @@ def test_a_pinned_file_is_never_evicted(store: MemoryStore, make: Make) -> None:
     old, other = put(store, "a", 60), put(store, "b", 60)
 
     with make().files([old]) as paths:
-        with pytest.raises(CacheTooSmall, match="running batches"), make(room_wait_s=0.1).files([other]):
+        with pytest.raises(CacheBusy, match="running batches"), make(room_wait_s=0.1).files([other]):
             pass
         assert paths[old.digest].read_bytes() == store.objects["a"]
 
@@ -442,7 +447,7 @@ def test_a_pin_of_another_process_holds_until_that_process_dies(objects: LocalSt
         assert said(holder) == "pinned"
         other = put(objects, "b", 60)
         cache = FileCache(tmp_path / "cache", 100, objects, lambda _event: None, room_wait_s=0.1)
-        with pytest.raises(CacheTooSmall), cache.files([other]):
+        with pytest.raises(CacheBusy), cache.files([other]):
             pass
         assert cache.holds(pinned)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 from core.catalogue.memory import MemoryCatalogue
 from core.catalogue.records import ModelFile, ModelRecord
-from core.errors import EngineFailed, EngineOutOfMemory, ObjectNotFound
+from core.errors import EngineBroken, EngineFailed, EngineOutOfMemory, ObjectNotFound
 from core.events import BatchSampled, Event, JobFinished, JobRetried, JobsReleased
 from core.job import Job, JobSpec, JobState, NewJob, OnLoraError
 from core.lora import LoraRef, LoraSet
@@ -88,7 +89,9 @@ class World:
             catalogue=self.catalogue,
             device=self.device,
             observe=self.events.append,
+            end_process=lambda: self.ended.append(True),
         )
+        self.ended: list[bool] = []
 
     def lora(self, name: str) -> LoraRef:
         data = name.encode()
@@ -100,7 +103,7 @@ class World:
     ) -> str:
         number = len(self.queue_ids)
         spec = JobSpec("m", self.model.digest, prompt, "", LoraSet.of(loras), width, 8, 3, 7.0, "Euler", number, images)
-        job = NewJob(f"job-{number}", "t", "default", replace(spec, on_lora_error=on_lora_error))
+        job = NewJob(f"job-{number}", tenant, "default", replace(spec, on_lora_error=on_lora_error))
         self.queue_ids.append(job.id)
         return self.queue.submit(job).job_id
 
@@ -296,3 +299,75 @@ def test_a_cancelled_job_leaves_its_batch_mates_alone(world: World) -> None:
         patch.setattr("worker.runner.LeaseKeeper", EagerKeeper)
         world.work()
     assert world.states() == ["cancelled", "succeeded"]
+
+
+def test_a_tenants_name_for_a_lora_is_not_shown_to_another(world: World) -> None:
+    # Given one file that two tenants have registered under names of their own
+    theirs = world.lora("ink")
+    world.store.put_bytes("loras/of-b", b"ink", "application/octet-stream")
+    ours = replace(theirs, name="of-b", key="loras/of-b")
+    a, b = world.submit(replace(theirs, name="secret-project")), world.submit(ours, tenant="b")
+    world.work()
+    # Expect both in one batch, each with its own name
+    results = [world.queue.get(tenant, job_id).result for tenant, job_id in (("t", a), ("b", b))]
+    assert results[0] is not None
+    assert results[1] is not None
+    assert results[0].batch == results[1].batch
+    assert [report.name for report in results[0].loras] == ["secret-project"]
+    assert [report.name for report in results[1].loras] == ["of-b"]
+
+
+def test_an_object_that_one_tenant_deleted_does_not_fail_anothers_job(world: World) -> None:
+    theirs = world.lora("ink")
+    world.store.put_bytes("loras/of-b", b"ink", "application/octet-stream")
+    world.submit(theirs)
+    b = world.submit(replace(theirs, name="of-b", key="loras/of-b"), tenant="b")
+    world.store.delete(theirs.key)
+    world.work()
+    assert world.queue.get("b", b).state is JobState.SUCCEEDED
+
+
+def test_an_error_names_the_lora_as_its_job_does(world: World) -> None:
+    gone = world.lora("ink")
+    world.store.delete(gone.key)
+    ids = [(tenant, world.submit(replace(gone, name=f"of-{tenant}"), tenant=tenant)) for tenant in ("t", "b")]
+    world.work()
+    for tenant, job_id in ids:
+        error = world.queue.get(tenant, job_id).error
+        assert error is not None
+        assert f"'of-{tenant}'" in error.message
+
+
+def test_a_broken_device_ends_the_process_and_gives_its_jobs_another_try(world: World) -> None:
+    def fault(images: Sequence[ImagePrompt], step: int) -> None:
+        msg = "an illegal memory access was encountered"
+        raise EngineBroken(msg)
+
+    world.engine.fault = fault
+    for _ in range(3):
+        world.submit()
+    world.work()
+    assert world.ended == [True]
+    assert world.states() == ["delayed"] * 3
+
+
+def test_the_failed_pass_is_forgotten_before_its_halves_are_tried(world: World) -> None:
+    # Given a pass that holds something large when it fails
+    held: list[weakref.ref[Image.Image]] = []
+    alive: list[bool] = []
+
+    def fault(images: Sequence[ImagePrompt], step: int) -> None:
+        alive.extend(reference() is not None for reference in held)
+        if len(images) > 1:
+            large = Image.new("RGB", (64, 64))
+            held.append(weakref.ref(large))
+            msg = "too many"
+            raise EngineOutOfMemory(msg)
+
+    world.engine.fault = fault
+    for _ in range(2):
+        world.submit()
+    world.work()
+    assert world.states() == ["succeeded"] * 2
+    assert alive
+    assert not any(alive)

@@ -29,12 +29,13 @@ def test_a_cycle_of_twenty_sets_leaves_the_base_weights_equal_bit_for_bit(tmp_pa
     events: list[Event] = []
     cache = FileCache(tmp_path, 2**30, store, events.append)
     device = Device(cache, lambda folder: DiffusersEngine(folder, device="cpu"), events.append)
-    engine = device.hold(model, LoraSet(), partial=False).engine
+    engine = device.hold(model, LoraSet(), {}, partial=False).engine
     before = {
         (component, name): weight.clone()
         for component, module in engine.components.items()
         for name, weight in module.state_dict().items()
     }
+    sources = {ref.digest: [ref.key] for ref in refs}
     scales = (1.0, 0.5, -0.7, 1.3)
     pairs = [
         LoraSet.of([LoraRef(a.digest, s, s, a.name, a.key, a.size_bytes), b])
@@ -44,7 +45,7 @@ def test_a_cycle_of_twenty_sets_leaves_the_base_weights_equal_bit_for_bit(tmp_pa
     ]
     assert len({lora_set.id for lora_set in pairs}) == 20
     for lora_set in pairs:
-        held = device.hold(model, lora_set, partial=False)
+        held = device.hold(model, lora_set, sources, partial=False)
         assert held.fused
         assert all(report.modules and not report.keys_unmatched for report in held.reports)
     assert any(
@@ -52,7 +53,7 @@ def test_a_cycle_of_twenty_sets_leaves_the_base_weights_equal_bit_for_bit(tmp_pa
         for component, module in engine.components.items()
         for name, weight in module.state_dict().items()
     )
-    device.hold(model, LoraSet(), partial=False)
+    device.hold(model, LoraSet(), {}, partial=False)
     for component, module in engine.components.items():
         for name, weight in module.state_dict().items():
             assert torch.equal(weight, before[component, name]), name

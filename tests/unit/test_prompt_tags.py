@@ -3,7 +3,7 @@
 import pytest
 
 from core.errors import InvalidPromptTag
-from core.prompt_tags import PromptTag, extract
+from core.prompt_tags import PromptTag, extract, refuse_tags
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,23 @@ def test_a_tag_is_read_as_a1111_reads_it(tag: str, expected: PromptTag) -> None:
         "<lora:ink:1:2:3>",
         "<lora:ink:colour=blue>",
         "<lora:te=1>",
+        "<lora:outline:1",
+        "<lora:",
+        "<LoRA:outline:1",
+        "<lyco:outline:1",
+        "<lora:ink:1> and <lora:outline:1",
+        "<lora<lora:ink:1>:outline:1",
     ],
 )
 def test_a_tag_that_cannot_be_read_is_refused(tag: str) -> None:
     with pytest.raises(InvalidPromptTag):
         extract(f"a cat {tag}")
+
+
+@pytest.mark.parametrize("text", ["blur <lora:ink:1>", "<LYCO:ink>", "blur <lora:ink:1", "<lora:"])
+def test_a_text_that_may_hold_no_tag_is_told_where_loras_belong(text: str) -> None:
+    with pytest.raises(InvalidPromptTag, match=r"negative_prompt.*into the prompt or into `loras`"):
+        refuse_tags("negative_prompt", text)
 
 
 def test_tags_keep_their_order_and_the_text_keeps_its_commas() -> None:
@@ -54,3 +66,4 @@ def test_tags_keep_their_order_and_the_text_keeps_its_commas() -> None:
 @pytest.mark.parametrize("prompt", ["", "a < b > c", "<lora", "<hypernet:x:1>", "lora:ink:1", "  spaced  "])
 def test_text_without_tags_is_left_alone(prompt: str) -> None:
     assert extract(prompt) == (prompt, ())
+    refuse_tags("negative_prompt", prompt)

@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from api.access import OPEN_TENANT, Access
 from api.problems import STATUS, status_of
-from api.schemas import SubmitRequest
+from api.schemas import RegisterRequest, SubmitRequest
 from api.views import JobView, ResultView
 from core.errors import FuselineError, Unauthorized
-from core.job import Job, JobResult, JobSpec, JobState
+from core.job import Job, JobError, JobResult, JobSpec, JobState
 from core.lora import LoraSet
+from core.queue.rules import WORKER_LOST
 
 SPEC = JobSpec(
     model="m", model_digest="d", prompt="p", negative_prompt="", loras=LoraSet(), width=64, height=64, steps=2,
@@ -74,6 +75,28 @@ def test_no_control_character_may(before: str, control: str, after: str) -> None
         SubmitRequest(prompt=before + control + after)
 
 
+MANY = 20_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (SubmitRequest, {"prompt": "x", "loras": [0] * MANY}),
+        (SubmitRequest, {"prompt": "x", "loras": [dict.fromkeys(map(str, range(60)), 0)] * 60}),
+        (SubmitRequest, {"prompt": "x", "loras": [dict.fromkeys(map(str, range(MANY)), 0)]}),
+        (SubmitRequest, {"prompt": "x", "metadata": dict.fromkeys(map(str, range(MANY)), 0)}),
+        (SubmitRequest, {"prompt": "x"} | dict.fromkeys(map(str, range(MANY)), 0)),
+        (RegisterRequest, {"name": "x", "key": "y", "trigger_words": [0] * MANY}),
+        (RegisterRequest, {"name": "x", "key": "y"} | dict.fromkeys(map(str, range(MANY)), 0)),
+    ],
+    ids=["loras", "fields of loras", "fields of a lora", "labels", "fields", "trigger words", "fields to register"],
+)
+def test_a_body_with_many_faults_is_refused_for_a_few(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() <= 64
+
+
 # --- answers ----------------------------------------------------------------------------------------------------
 
 
@@ -102,6 +125,34 @@ def test_a_lease_token_and_a_worker_are_never_shown_but_batches_can_be_told_apar
     assert one.batch == same.batch != other.batch
     assert "1-aa" not in one.model_dump_json()
     assert "gpu-host-7" not in one.model_dump_json()
+
+
+def test_the_message_of_a_failure_that_is_the_servers_is_not_shown() -> None:
+    raw = JobError(
+        code="store_unavailable", message="http://10.0.0.7:9000/bucket refused AKIA-some-key", retryable=True
+    )
+    shown = view(error=raw).error
+    assert shown == JobError(
+        code="store_unavailable",
+        message="The store did not answer, or answered with a server error.",
+        retryable=True,
+        blame="server",
+    )
+
+
+def test_a_failure_of_the_server_that_has_no_class_shows_nothing_of_itself() -> None:
+    shown = view(error=JobError(code="of_a_later_version", message="CUDA error at /srv/x.cu:7")).error
+    assert shown is not None
+    assert (shown.code, shown.message) == ("of_a_later_version", "The service failed.")
+
+
+def test_a_job_that_killed_its_workers_is_told_so() -> None:
+    assert view(error=WORKER_LOST).error == WORKER_LOST
+
+
+def test_the_message_of_a_failure_that_is_the_clients_is_shown() -> None:
+    told = JobError(code="lora_shape_mismatch", message="'ink' does not fit", blame="client")
+    assert view(error=told).error == told
 
 
 # --- problems ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from core.errors import EngineFailed, EngineOutOfMemory, ModelInvalid
+from core.errors import EngineBroken, EngineFailed, EngineOutOfMemory, ModelInvalid
 from worker.engine.base import ImagePrompt, OnStep, Shape
 
 _SCHEDULERS: Mapping[str, tuple[type[Any], Mapping[str, Any]]] = {
@@ -56,7 +56,14 @@ class DiffusersEngine:
         if threads:
             torch.set_num_threads(threads)
         self.device = resolve_device(device)
-        self._pipeline = _load(folder, resolve_dtype(dtype, self.device)).to(self.device)
+        self._pipeline = _load(folder, resolve_dtype(dtype, self.device))
+        self._scheduler_config = self._pipeline.scheduler.config
+        """The checkpoint's own: each pass derives its scheduler from this, never from the pass before."""
+        try:
+            self._pipeline.to(self.device)
+        except torch.OutOfMemoryError as error:
+            msg = f"the model does not fit into the memory of {self.device}"
+            raise EngineOutOfMemory(msg) from error
 
     @property
     def components(self) -> Mapping[str, nn.Module]:
@@ -66,7 +73,9 @@ class DiffusersEngine:
     def sample(self, images: Sequence[ImagePrompt], shape: Shape, on_step: OnStep) -> list[Image.Image]:
         """Draw a batch in one pass."""
         scheduler, options = _SCHEDULERS[shape.sampler]
-        self._pipeline.scheduler = scheduler.from_config(self._pipeline.scheduler.config, **options)
+        self._pipeline.scheduler = scheduler.from_config(self._scheduler_config, **options)
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()  # what a pass before this one could not use, in pieces of other sizes
 
         def step_ended(_pipeline: object, step: int, _timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(min(step + 1, shape.steps), shape.steps)
@@ -88,8 +97,15 @@ class DiffusersEngine:
             raise EngineOutOfMemory(msg) from error
         except RuntimeError as error:
             msg = f"sampling failed on {self.device}: {error}"
-            raise EngineFailed(msg) from error
+            raise (EngineFailed if self._answers() else EngineBroken)(msg) from error
         return list(drawn.images)
+
+    def _answers(self) -> bool:
+        """Whether the device still computes: after an illegal access CUDA refuses everything in this process."""
+        try:
+            return bool(torch.ones(1, device=self.device).add(1).item() == 2)  # noqa: PLR2004
+        except RuntimeError:
+            return False
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
