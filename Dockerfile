@@ -36,7 +36,7 @@ FROM build AS build-worker
 ARG TORCH_INDEX=""
 ARG TORCH=""
 RUN sed --in-place "s|^torch==.*|${TORCH:-&}|" constraints.txt \
-    && pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} --constraint constraints.txt torch
+    && pip install --no-cache-dir ${TORCH_INDEX:+--no-deps --index-url "${TORCH_INDEX}"} --constraint constraints.txt torch
 RUN pip install --no-cache-dir --constraint constraints.txt ".[worker]"
 
 FROM base AS api

@@ -5,7 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 1
-# PyTorch's own index for another build, such as TORCH_INDEX=<index of CUDA builds>; empty = the default index
+# PyTorch's own index for another build, such as TORCH_INDEX=<index of CUDA builds>; empty = the default index.
+# It gives torch alone, and at the first make only; what torch needs comes from the default index.
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
@@ -16,8 +17,8 @@ help: ## list the targets
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) -c constraints.txt torch
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[worker,embedded,dev]'
 	touch $@
 

@@ -12,10 +12,17 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from api.access import Access
+from api.gate import Gate
 from core.ports import Catalogue, JobQueue, ObjectStore, Observer
 
 SEED_LIMIT = 2**32
 """Seeds that are drawn lie below it, as in other image software."""
+
+REGISTRATIONS_AT_ONCE = 8
+"""LoRA files that one process reads at once: each holds a thread for as long as its file takes."""
+
+CHECKS_AT_ONCE = 4
+"""Readiness checks that one process makes at once: each may have to wait for a part that hangs."""
 
 
 class Tickets(Protocol):
@@ -64,6 +71,8 @@ class Context:
     observe: Observer
     access: Access = field(default_factory=Access)
     limits: Limits = field(default_factory=Limits)
+    registrations: Gate = field(default_factory=lambda: Gate(REGISTRATIONS_AT_ONCE))
+    checks: Gate = field(default_factory=lambda: Gate(CHECKS_AT_ONCE))
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(SEED_LIMIT)
 

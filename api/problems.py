@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+import core.errors
 from core.errors import FuselineError, InvalidRequest
 
 MEDIA_TYPE = "application/problem+json"
@@ -31,6 +32,7 @@ STATUS: Mapping[str, int] = MappingProxyType(
         "object_not_found": 404,
         "name_taken": 409,
         "queue_full": 429,
+        "busy": 503,
         "queue_unavailable": 503,
         "store_unavailable": 503,
         "store_denied": 503,
@@ -89,6 +91,12 @@ class FieldsInvalid(InvalidRequest):
 def status_of(error: type[FuselineError]) -> int:
     """Tell the HTTP status of an error."""
     return STATUS.get(error.code, 422 if error.blame == "client" else 500)
+
+
+def title_of(code: str) -> str:
+    """Tell what an error code means, the same each time; of an unknown one, that the service failed."""
+    kinds = (kind for kind in vars(core.errors).values() if isinstance(kind, type) and issubclass(kind, FuselineError))
+    return next((_title(kind) for kind in kinds if kind.code == code), "The service failed")
 
 
 def of_error(error: FuselineError, instance: str) -> Problem:

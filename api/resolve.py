@@ -11,7 +11,7 @@ from core.catalogue.names import check_name
 from core.catalogue.records import LoraRecord, ModelRecord
 from core.job import JobSpec
 from core.lora import LoraRef, LoraSet
-from core.prompt_tags import PromptTag, extract
+from core.prompt_tags import PromptTag, extract, refuse_tags
 
 
 def resolve(asked: SubmitRequest, tenant: str, context: Context) -> tuple[str, JobSpec]:
@@ -22,6 +22,7 @@ def resolve(asked: SubmitRequest, tenant: str, context: Context) -> tuple[str, J
     """
     _refuse(_beyond_limits(asked, context.limits))
     prompt, tags = extract(asked.prompt)
+    refuse_tags("negative_prompt", asked.negative_prompt)
     uses: tuple[PromptTag | LoraUse, ...] = (*tags, *asked.loras)
     if len(uses) > context.limits.max_loras:
         _refuse([FieldProblem(field="loras", message=f"{len(uses)} LoRAs; at most {context.limits.max_loras}")])

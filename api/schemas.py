@@ -7,7 +7,7 @@ import json
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from core.catalogue.names import check_name
 from core.catalogue.records import Sha256
@@ -21,6 +21,11 @@ SEED_MAX = 2**52 - 1
 SIDE_MAX = 16_384
 """Largest width or height in pixels, whatever the model."""
 GUIDANCE_MAX = 50.0
+LORAS_MAX = 64
+"""Most entries of ``loras``, whatever the settings."""
+LABELS_MAX = 16
+FIELDS_MAX = 64
+"""Most fields of one object in a request, known or not: every unknown one makes an error of its own."""
 
 _UNWANTED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters, and halves of surrogate pairs, which JSON can escape and UTF-8 cannot write."""
@@ -50,17 +55,33 @@ def _sampler(name: str) -> str:
     return known[name.lower()]
 
 
+def _few(given: object, most: int) -> object:
+    """Refuse a large object before its entries are looked at, as pydantic collects the faults of every one."""
+    if isinstance(given, dict) and len(given) > most:
+        msg = f"{len(given)} entries; at most {most}"
+        raise ValueError(msg)
+    return given
+
+
 Text = Annotated[str, AfterValidator(_plain_text)]
 LoraName = Annotated[str, AfterValidator(_lora_name), Field(examples=["add detail (v1.2)"])]
 Scale = Annotated[float, Field(ge=-SCALE_LIMIT, le=SCALE_LIMIT, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=1, le=SIDE_MAX)]
 Label = Annotated[Text, Field(min_length=1, max_length=64)]
 LabelValue = Annotated[Text, Field(max_length=512)]
+Labels = Annotated[
+    dict[Label, LabelValue], Field(max_length=LABELS_MAX), BeforeValidator(lambda given: _few(given, LABELS_MAX))
+]
 TriggerWord = Annotated[Text, Field(min_length=1, max_length=100)]
 
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, given: object) -> object:
+        return _few(given, FIELDS_MAX)
 
 
 class LoraUse(_Request):
@@ -86,7 +107,7 @@ class SubmitRequest(_Request):
     prompt: Text = Field(examples=["a red circle on a blue background <lora:outline:0.8>"])
     """May name LoRAs in ``<lora:name:scale>`` tags, as A1111 reads them."""
     negative_prompt: Text = ""
-    loras: list[LoraUse] = []
+    loras: Annotated[list[LoraUse], Field(max_length=LORAS_MAX), FailFast()] = []
     """LoRAs besides those of the prompt's tags. One that is named more than once has its scales summed."""
     model: Text | None = Field(default=None, max_length=256)
     """May be left out while exactly one model is registered."""
@@ -102,7 +123,7 @@ class SubmitRequest(_Request):
     format: Literal["png"] = "png"
     priority: int = Field(default=0, ge=-10, le=10)
     """Higher runs earlier, within bounds."""
-    metadata: dict[Label, LabelValue] = Field(default={}, max_length=16)
+    metadata: Labels = {}
     """Labels of the caller's own, given back unchanged."""
     on_lora_error: OnLoraError = "fail"
     """What becomes of the job when a LoRA cannot be applied."""

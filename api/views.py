@@ -8,9 +8,11 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from api.problems import title_of
 from core.catalogue.records import PUBLIC, LoraRecord, ModelRecord
 from core.job import ImageResult, Job, JobError, JobResult, JobSpec, JobState, LoraReport, OnLoraError
 from core.lora import LoraRef
+from core.queue.rules import WORKER_LOST
 
 
 class _Answer(BaseModel):
@@ -139,7 +141,7 @@ class JobView(_Answer):
     overtaken_by: float
     """Cost of later jobs that ran first (steps × pixels × images)."""
     error: JobError | None
-    """Why it failed, or failed last."""
+    """Why it failed, or failed last. Where the blame is the server's, the message is the same for all of its code."""
     images: list[ImageView]
     result: ResultView | None
     """What its run left, once it succeeded."""
@@ -165,7 +167,7 @@ class JobView(_Answer):
             max_attempts=job.max_attempts,
             cancel_requested=job.cancel_requested,
             overtaken_by=job.overtaken_by,
-            error=job.error,
+            error=_shown(job.error) if job.error else None,
             images=images,
             result=ResultView.of(job.result) if job.result else None,
         )
@@ -237,6 +239,13 @@ class Health(_Answer):
     """Every part answers."""
 
     status: Literal["ok"] = "ok"
+
+
+def _shown(error: JobError) -> JobError:
+    """Show an error. A message about the server may name hosts and paths, so its code's title stands for it."""
+    if error.blame == "client" or error == WORKER_LOST:
+        return error
+    return error.model_copy(update={"message": f"{title_of(error.code)}."})
 
 
 def _time(epoch_ms: int) -> datetime:

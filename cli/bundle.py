@@ -15,6 +15,7 @@ import redis
 from cli.stack import Stack
 from core.catalogue.records import ModelFile, ModelRecord
 from core.catalogue.redis import RedisCatalogue
+from core.errors import LoraError, NameTaken, QueueUnavailable
 from core.ports import Catalogue, ObjectStore
 from core.store.open import open_store
 
@@ -53,19 +54,36 @@ def lora_files(bundle: Path) -> list[Path]:
 def running(stack: Stack, bundle: Path = SHAPES, store: ObjectStore | None = None) -> Iterator[Stack]:
     """Run a stack that knows a bundle's model and LoRAs, for the length of a ``with`` block.
 
-    ``store`` is the stack's store; by default its local directory.
+    ``store`` is the stack's store; by default its local directory. Raises ``DirectoryInUse``, ``NameTaken`` if the
+    directory was kept and a LoRA's file changed since, and what starting and registering raise.
     """
     store = store or open_store(stack.store_url)
+    with stack.held():
+        try:
+            stack.start_valkey()
+            with redis.Redis.from_url(stack.valkey.url) as client:
+                register_model(store, RedisCatalogue(client), bundle / "model", MODEL, **_DEFAULTS)
+            stack.start()
+            for path in lora_files(bundle):
+                _register_lora(stack, store, path)
+            yield stack
+        finally:
+            stack.stop()
+
+
+def _register_lora(stack: Stack, store: ObjectStore, path: Path) -> None:
+    name, digest = path.stem, hashlib.sha256(path.read_bytes()).hexdigest()
+    # another file gets another key: whoever reads the catalogue's key finds the bytes that were registered
+    key = f"public/loras/{name}/{digest[:16]}.safetensors"
+    store.put_file(key, path, "application/octet-stream")
     try:
-        stack.start_valkey()
-        with redis.Redis.from_url(stack.valkey.url) as client:
-            register_model(store, RedisCatalogue(client), bundle / "model", MODEL, **_DEFAULTS)
-        for path in lora_files(bundle):
-            store.put_file(f"public/loras/{path.name}", path, "application/octet-stream")
-        stack.start()
-        for path in lora_files(bundle):
-            body = {"name": path.stem, "key": f"public/loras/{path.name}"}
-            httpx.post(f"{stack.api_url}/v1/loras", json=body, timeout=30).raise_for_status()
-        yield stack
-    finally:
-        stack.stop()
+        answer = httpx.post(f"{stack.api_url}/v1/loras", json={"name": name, "key": key}, timeout=30)
+    except httpx.HTTPError as error:
+        msg = f"the API did not answer when the LoRA {name!r} was registered ({error}); see {stack.log('api')}"
+        raise QueueUnavailable(msg) from error
+    if answer.status_code == httpx.codes.CONFLICT:
+        msg = f"{path} changed since it was registered as LoRA {name!r}; delete {stack.directory} to begin anew"
+        raise NameTaken(msg)
+    if not answer.is_success:
+        msg = f"the API refused the LoRA {name!r} with {answer.status_code}: {answer.text}"
+        raise LoraError(msg)

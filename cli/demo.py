@@ -22,6 +22,8 @@ from cli.stack import Stack
 from core.errors import EngineFailed
 
 POLL_S = 0.25
+PATIENCE_S = 30.0
+"""How long an API that gives no answer is asked again."""
 DEMO_TIMEOUT_S = 600.0
 SHUFFLE_SEED = 20
 """Makes each demo's arrival order the same."""
@@ -88,25 +90,23 @@ def demo_jobs(model: str) -> list[DemoJob]:
 def run_demo(stack: Stack, model: str, out: Path, console: Console) -> Mapping[str, Any]:
     """Submit the demo's jobs to a running stack, wait for them, write pictures and report; return the report.
 
-    Raises ``EngineFailed`` if a job does not succeed.
+    Raises ``EngineFailed`` if a job does not succeed or the API does not answer.
     """
     jobs = demo_jobs(model)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     started = time.monotonic()
-    with httpx.Client(base_url=stack.api_url, timeout=10) as client:
-        for job in jobs:
-            answer = client.post("/v1/jobs", json=job.body)
-            answer.raise_for_status()
-            job.id = answer.json()["id"]
-        submit_s = time.monotonic() - started
-        _watch(client, stack, jobs, console)
-        total_s = time.monotonic() - started
-        failed = [job for job in jobs if job.view["state"] != "succeeded"]
-        if failed:
-            msg = f"{len(failed)} jobs did not succeed; the first: {failed[0].view.get('error')}"
-            raise EngineFailed(msg)
-        _download(client, jobs, out)
+    try:
+        with httpx.Client(base_url=stack.api_url, timeout=10) as client:
+            for job in jobs:
+                job.id = client.post("/v1/jobs", json=job.body).raise_for_status().json()["id"]
+            submit_s = time.monotonic() - started
+            _watch(client, stack, jobs, console)
+            total_s = time.monotonic() - started
+            _download(client, jobs, out)
+    except httpx.HTTPError as error:
+        msg = f"the API did not answer as it should ({error}); see {stack.log('api')}"
+        raise EngineFailed(msg) from error
     contact_sheet(_sheet_rows(jobs), out / "sheet.png")
     report = {**summarise(jobs), "workers": stack.workers, "submit_s": round(submit_s, 3), "total_s": round(total_s, 3)}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -140,17 +140,22 @@ def _switches(sets: Iterable[tuple[tuple[str, float], ...]]) -> int:
 
 
 def _watch(client: httpx.Client, stack: Stack, jobs: Sequence[DemoJob], console: Console) -> None:
+    """Show the jobs' progress until all are over. Raises ``EngineFailed`` if one did not succeed, and httpx' errors."""
     columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    deadline = time.monotonic() + DEMO_TIMEOUT_S
+    answered = time.monotonic()
+    deadline = answered + DEMO_TIMEOUT_S
     with Progress(*columns, console=console) as progress:
         total = progress.add_task("all jobs", total=len(jobs))
         bars = {demo_set: progress.add_task(demo_set.label, total=0) for demo_set in SETS}
         for demo_set, bar in bars.items():
             progress.update(bar, total=sum(job.demo_set == demo_set for job in jobs))
         while not all(job.is_over for job in jobs):
-            for job in jobs:
-                if not job.is_over:
-                    job.view = client.get(f"/v1/jobs/{job.id}").raise_for_status().json()
+            try:
+                _look(client, jobs)
+                answered = time.monotonic()
+            except httpx.TransportError:
+                if time.monotonic() > answered + PATIENCE_S:
+                    raise
             progress.update(total, completed=sum(_done(job) for job in jobs))
             for demo_set, bar in bars.items():
                 progress.update(bar, completed=sum(_done(job) for job in jobs if job.demo_set == demo_set))
@@ -160,6 +165,16 @@ def _watch(client: httpx.Client, stack: Stack, jobs: Sequence[DemoJob], console:
                 msg = f"{what}; see {stack.log(dead[0] if dead else 'worker-1')}"
                 raise EngineFailed(msg)
             time.sleep(POLL_S)
+    failed = [job for job in jobs if job.view["state"] != "succeeded"]
+    if failed:
+        msg = f"{len(failed)} jobs did not succeed; the first: {failed[0].view.get('error')}"
+        raise EngineFailed(msg)
+
+
+def _look(client: httpx.Client, jobs: Sequence[DemoJob]) -> None:
+    for job in jobs:
+        if not job.is_over:
+            job.view = client.get(f"/v1/jobs/{job.id}").raise_for_status().json()
 
 
 def _done(job: DemoJob) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -38,8 +37,7 @@ def demo(
     bundle: Bundle = SHAPES,
 ) -> None:
     """Run the main job on an embedded stack: jobs in, pictures out, and what grouping saved."""
-    shutil.rmtree(directory, ignore_errors=True)
-    with _stack(Stack(directory, workers), bundle) as stack:
+    with _stack(Stack(directory, workers, fresh=True), bundle) as stack:
         run_demo(stack, MODEL, out, console)
     console.print(f"pictures: {out}/*.png   sheet: {out}/sheet.png   report: {out}/report.json")
 
@@ -98,7 +96,7 @@ def add_model(
         with redis.Redis.from_url(settings.redis_url) as client:
             record = register_model(store, RedisCatalogue(client), folder, name, **defaults)
     except FuselineError as error:
-        console.print(f"[red]{error.code}: {error}")
+        _complain(error)
         raise typer.Exit(1) from error
     console.print(f"{name}: {len(record.files)} files, digest {record.digest[:12]}, pool {pool}")
 
@@ -115,8 +113,12 @@ def _stack(stack: Stack, bundle: Path) -> Iterator[Stack]:
         console.print("\nstopped")
         raise typer.Exit(130) from None
     except FuselineError as error:
-        console.print(f"[red]{error.code}: {error}")
+        _complain(error)
         raise typer.Exit(1) from error
+
+
+def _complain(error: FuselineError) -> None:
+    console.print(f"{error.code}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ dashboards read; ``retryable`` says whether the same call may succeed later; ``b
     │   ├── JobNotFound  UnknownLora  UnknownModel
     │   ├── NameTaken                another object holds that name
     │   ├── IdempotencyConflict      the same key with another body
-    │   └── QueueFull                the tenant's cap on queued work
+    │   ├── QueueFull                the tenant's cap on queued work
+    │   └── Busy                     too many calls of its kind at once
     ├── LoraError                    a LoRA file that cannot be used
     │   ├── LoraObjectMissing  LoraFileInvalid  LoraTooLarge  LoraChecksumMismatch
     │   └── LoraUnsupported  LoraUnmatched  LoraShapeMismatch  LoraNotFinite  LoraPairIncomplete
@@ -22,6 +23,7 @@ dashboards read; ``retryable`` says whether the same call may succeed later; ``b
     ├── QueueError                   the queue
     │   └── QueueUnavailable  LeaseLost  QueueMisconfigured
     ├── CacheTooSmall                one set needs more bytes than the cache may hold
+    ├── CacheBusy                    running batches hold the room that a set needs
     └── EngineError                  sampling
         └── EngineOutOfMemory  EngineFailed  EngineBroken  JobCancelled
 """
@@ -110,6 +112,14 @@ class QueueFull(RequestError):
 
     code = "queue_full"
     retryable = True
+
+
+class Busy(RequestError):
+    """The service does as much of this at once as it can."""
+
+    code = "busy"
+    retryable = True
+    blame = "server"
 
 
 # --- LoRA files -------------------------------------------------------------------------------------------------
@@ -274,6 +284,13 @@ class CacheTooSmall(FuselineError):
     """One job's files need more bytes than the cache may hold."""
 
     code = "cache_too_small"
+
+
+class CacheBusy(FuselineError):
+    """The files of running batches leave no room in the cache."""
+
+    code = "cache_busy"
+    retryable = True
 
 
 class EngineError(FuselineError):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from core.errors import InvalidPromptTag
 
 _TAG = re.compile(r"<(lora|lyco):([^>]*)>", re.IGNORECASE)
+_OPENING = re.compile(r"<(lora|lyco):", re.IGNORECASE)
 _NAMED = ("te", "unet")
 _POSITIONS = 3
 _SHOWN_CHARS = 80
@@ -35,13 +36,23 @@ class PromptTag:
 def extract(prompt: str) -> tuple[str, tuple[PromptTag, ...]]:
     """Split a prompt into its text without tags and the tags in order.
 
-    Raises ``InvalidPromptTag`` for a tag without name, with a scale that is no finite number, or with an option
-    that is not known.
+    Raises ``InvalidPromptTag`` for a tag without name, without its ``>``, with a scale that is no finite number, or
+    with an option that is not known.
     """
     tags = tuple(_parse(match.group(0), match.group(2)) for match in _TAG.finditer(prompt))
-    if not tags:
-        return prompt, ()
-    return _TAG.sub("", prompt).strip(), tags
+    text = _TAG.sub("", prompt)
+    if opening := _OPENING.search(text):
+        msg = f"prompt tag {_shown(text[opening.start() :])} has no end; close it with '>'"
+        raise InvalidPromptTag(msg)
+    return (text.strip(), tags) if tags else (prompt, ())
+
+
+def refuse_tags(field: str, text: str) -> None:
+    """Raise ``InvalidPromptTag`` if a field that takes no tags holds one, or the beginning of one."""
+    if opening := _OPENING.search(text):
+        tag = _shown(text[opening.start() :])
+        msg = f"{field}: LoRAs belong into the prompt or into `loras`; take {tag} out of here"
+        raise InvalidPromptTag(msg)
 
 
 def _parse(tag: str, body: str) -> PromptTag:

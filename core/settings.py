@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     max_prompt_chars: int = Field(default=8_000, ge=1)
     max_steps: int = Field(default=500, ge=1)
     max_images: int = Field(default=16, ge=1)
-    max_loras: int = Field(default=16, ge=1)
+    max_loras: int = Field(default=16, ge=1, le=64)
     max_lora_bytes: int = Field(default=2 * 1024**3, ge=1)
 
     # worker

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from api.context import Parts
 from api.problems import responses
 from api.views import Health
-from core.errors import ObjectNotFound, QueueUnavailable, StoreDenied, StoreUnavailable
+from core.errors import Busy, ObjectNotFound, QueueUnavailable, StoreDenied, StoreUnavailable
 from core.ports import ObjectStore
 
 router = APIRouter(tags=["operation"])
@@ -24,11 +24,12 @@ async def healthz() -> Health:
     return Health()
 
 
-@router.get("/readyz", responses=responses(QueueUnavailable, StoreUnavailable, StoreDenied))
+@router.get("/readyz", responses=responses(QueueUnavailable, StoreUnavailable, StoreDenied, Busy))
 def readyz(context: Parts) -> Health:
     """Say whether queue and store answer; the problem's code names the part that does not."""
-    context.queue.ping()
-    _reach(context.store)
+    with context.checks.place():
+        context.queue.ping()
+        _reach(context.store)
     return Health()
 
 

@@ -45,7 +45,8 @@ def submit_job(
     context: Parts,
     response: Response,
     idempotency_key: Annotated[
-        str | None, Header(description="Makes a repeated submit the same job, for a day.")
+        str | None,
+        Header(description="Makes a repeated submit the same job, for a day at most."),
     ] = None,
 ) -> Accepted:
     """Take a job. Everything it names is resolved now: what it draws no longer depends on when it runs."""

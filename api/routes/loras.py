@@ -13,6 +13,7 @@ from api.schemas import RegisterRequest
 from api.views import LoraList, LoraView
 from core.catalogue.records import LoraRecord
 from core.errors import (
+    Busy,
     InvalidKey,
     InvalidRequest,
     LoraChecksumMismatch,
@@ -41,14 +42,15 @@ def list_loras(tenant: Caller, context: Parts) -> LoraList:
     "",
     status_code=status.HTTP_201_CREATED,
     responses=responses(
-        *(Unauthorized, QueueUnavailable, StoreUnavailable, InvalidRequest, InvalidKey, NameTaken, *_FILE_ERRORS)
+        *(Unauthorized, QueueUnavailable, StoreUnavailable, Busy, InvalidRequest, InvalidKey, NameTaken, *_FILE_ERRORS)
     )
     | TOO_LARGE
     | {200: {"model": LoraView, "description": "The same file had that name already; its settings are renewed."}},
 )
 def register_lora(asked: RegisterRequest, tenant: Caller, context: Parts, response: Response) -> LoraView:
     """Register an object of the store as a LoRA. The file is read whole, checked and hashed before this returns."""
-    record = examine(asked, tenant, context)
+    with context.registrations.place():
+        record = examine(asked, tenant, context)
     if _is_known(record, context):
         response.status_code = status.HTTP_200_OK
     context.catalogue.add_lora(record)

@@ -14,7 +14,7 @@ PREFIX = "fuse:"
 """Default prefix: separates the queue from whatever else the server holds."""
 
 IDEMPOTENCY_TTL_S = 24 * 3600
-"""How long an idempotency key is remembered."""
+"""How long an idempotency key is remembered at most; never longer than a result, so that its job is still there."""
 
 REQUEST_GRACE_S = 60.0
 """How much longer than its lease a claim's request id is remembered, should nobody ever end that lease."""

@@ -81,7 +81,7 @@ class MemoryQueue:
         self._virtual_finish[job.pool, job.tenant] = start + job.spec.cost
         self._pools.add(job.pool)
         if job.idempotency_key is not None:
-            until_ms = now + IDEMPOTENCY_TTL_S * 1000
+            until_ms = now + min(IDEMPOTENCY_TTL_S * 1000, self._ttl_ms)
             self._idempotency[job.tenant, job.idempotency_key] = (job.id, job.body_hash, until_ms)
         self._table.jobs[job.id] = Job(
             id=job.id,

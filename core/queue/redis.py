@@ -59,7 +59,7 @@ class RedisQueue:
             "submit",
             *(job.id, job.tenant, job.pool, job.spec.group, job.spec.to_json()),
             *(job.spec.cost, rules.credit(job.priority), job.priority, job.max_attempts),
-            *(job.body_hash, idem, _ms(keys.IDEMPOTENCY_TTL_S), self._max_queued),
+            *(job.body_hash, idem, min(_ms(keys.IDEMPOTENCY_TTL_S), self._ttl_ms), self._max_queued),
         )
         if outcome == "conflict":
             raise rules.conflict(rest[0])

@@ -22,16 +22,16 @@ def demo(tmp_path: Path, workers: int) -> subprocess.Popen[bytes]:
     )
 
 
-def left_behind(directory: Path) -> list[str]:
-    """Command lines of processes whose arguments or environment name the directory."""
-    found = []
+def left_behind(directory: Path) -> dict[int, str]:
+    """Other processes whose arguments or environment name the directory: their command lines by id."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            text = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+            command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
         except (FileNotFoundError, PermissionError, ProcessLookupError):
             continue
-        if str(directory).encode() in text and int(process.name) != os.getpid():
-            found.append((process / "cmdline").read_text())
+        if str(directory).encode() in command + environment and int(process.name) != os.getpid():
+            found[int(process.name)] = command.replace(b"\0", b" ").decode()
     return found
 
 
@@ -59,7 +59,7 @@ def test_the_demo_draws_everything_and_fuses_seldom(tmp_path: Path, workers: int
             assert "Steps: 12" in image.info["parameters"]
     with Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.width > 400
-    assert left_behind(tmp_path) == []
+    assert left_behind(tmp_path) == {}
 
 
 def test_ctrl_c_stops_everything(tmp_path: Path) -> None:
@@ -74,4 +74,4 @@ def test_ctrl_c_stops_everything(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output.decode()
     assert b"stopped" in output
-    assert left_behind(tmp_path) == []
+    assert left_behind(tmp_path) == {}

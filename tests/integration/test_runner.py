@@ -99,7 +99,13 @@ class World:
         return LoraRef(hashlib.sha256(data).hexdigest(), name=name, key=f"loras/{name}", size_bytes=len(data))
 
     def submit(
-        self, *loras: LoraRef, prompt: str = "p", images: int = 1, width: int = 8, on_lora_error: OnLoraError = "fail"
+        self,
+        *loras: LoraRef,
+        tenant: str = "t",
+        prompt: str = "p",
+        images: int = 1,
+        width: int = 8,
+        on_lora_error: OnLoraError = "fail",
     ) -> str:
         number = len(self.queue_ids)
         spec = JobSpec("m", self.model.digest, prompt, "", LoraSet.of(loras), width, 8, 3, 7.0, "Euler", number, images)

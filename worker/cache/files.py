@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from core.errors import CacheTooSmall, ChecksumMismatch, StoreUnavailable
+from core.errors import CacheBusy, CacheTooSmall, ChecksumMismatch, StoreUnavailable
 from core.events import CacheEvicted, CacheSized, CacheUsed, FileFetched
 from core.ports import ObjectStore, Observer
 from worker.cache.lru import Entry, victims
@@ -89,8 +89,8 @@ class FileCache:
         """Give the path of each needed file by its digest; the files stay while the block runs.
 
         Raises ``CacheTooSmall`` (before anything is fetched, if the files exceed the budget by themselves),
-        ``ChecksumMismatch`` (nothing of that file is kept) and what ``ObjectStore`` raises. Files that were fetched
-        before one failed stay in the cache.
+        ``CacheBusy`` (others have pinned what would make room), ``ChecksumMismatch`` (nothing of that file is kept)
+        and what ``ObjectStore`` raises. Files that were fetched before one failed stay in the cache.
         """
         wanted = {need.digest: need for need in needs}
         total_bytes = sum(need.size_bytes for need in wanted.values())
@@ -182,9 +182,10 @@ class FileCache:
         elif why == "room":
             msg = (
                 f"the files of running batches have filled the cache's {self.budget_bytes} bytes for "
-                f"{self._patience_s[why]:g} s: enlarge its budget, or run fewer workers on {self._shelf.root}"
+                f"{self._patience_s[why]:g} s: try again; if it goes on, enlarge its budget, or run fewer workers on "
+                f"{self._shelf.root}"
             )
-            raise CacheTooSmall(msg)
+            raise CacheBusy(msg)
         else:
             msg = f"another worker has been fetching the same file for {self._patience_s[why]:g} s: try again"
             raise StoreUnavailable(msg)
