@@ -50,28 +50,12 @@ def lora_files(bundle: Path) -> list[Path]:
     return sorted((bundle / "loras").glob("*.safetensors"))
 
 
-@contextlib.contextmanager
-def running(stack: Stack, bundle: Path = SHAPES, store: ObjectStore | None = None) -> Iterator[Stack]:
-    """Run a stack that knows a bundle's model and LoRAs, for the length of a ``with`` block.
+def register_lora(stack: Stack, store: ObjectStore, path: Path) -> None:
+    """Upload a LoRA file and register it at a running stack's API under its stem.
 
-    ``store`` is the stack's store; by default its local directory. Raises ``DirectoryInUse``, ``NameTaken`` if the
-    directory was kept and a LoRA's file changed since, and what starting and registering raise.
+    Raises ``NameTaken`` if another file has that name, ``LoraError`` if the API refuses it, ``QueueUnavailable`` if
+    the API does not answer.
     """
-    store = store or open_store(stack.store_url)
-    with stack.held():
-        try:
-            stack.start_valkey()
-            with redis.Redis.from_url(stack.valkey.url) as client:
-                register_model(store, RedisCatalogue(client), bundle / "model", MODEL, **_DEFAULTS)
-            stack.start()
-            for path in lora_files(bundle):
-                _register_lora(stack, store, path)
-            yield stack
-        finally:
-            stack.stop()
-
-
-def _register_lora(stack: Stack, store: ObjectStore, path: Path) -> None:
     name, digest = path.stem, hashlib.sha256(path.read_bytes()).hexdigest()
     # another file gets another key: whoever reads the catalogue's key finds the bytes that were registered
     key = f"public/loras/{name}/{digest[:16]}.safetensors"
@@ -87,3 +71,25 @@ def _register_lora(stack: Stack, store: ObjectStore, path: Path) -> None:
     if not answer.is_success:
         msg = f"the API refused the LoRA {name!r} with {answer.status_code}: {answer.text}"
         raise LoraError(msg)
+
+
+@contextlib.contextmanager
+def running(stack: Stack, bundle: Path = SHAPES, store: ObjectStore | None = None) -> Iterator[Stack]:
+    """Run a stack that knows a bundle's model and LoRAs, for the length of a ``with`` block.
+
+    ``store`` is the stack's store; by default its local directory. Raises ``DirectoryInUse``, ``NameTaken`` if the
+    directory was kept and a LoRA's file changed since, and what starting and registering raise.
+    """
+    with stack.held():
+        # opened only now: a fresh stack empties the directory when it is held
+        store = store or open_store(stack.store_url)
+        try:
+            stack.start_valkey()
+            with redis.Redis.from_url(stack.valkey.url) as client:
+                register_model(store, RedisCatalogue(client), bundle / "model", MODEL, **_DEFAULTS)
+            stack.start()
+            for path in lora_files(bundle):
+                register_lora(stack, store, path)
+            yield stack
+        finally:
+            stack.stop()

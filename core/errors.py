@@ -50,7 +50,7 @@ class RequestError(FuselineError):
     """The request cannot be accepted as it is."""
 
     code = "request_invalid"
-    blame = "client"
+    blame: ClassVar[Blame] = "client"
 
 
 class InvalidRequest(RequestError):

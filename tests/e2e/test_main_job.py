@@ -23,14 +23,15 @@ def demo(tmp_path: Path, workers: int) -> subprocess.Popen[bytes]:
 
 
 def left_behind(directory: Path) -> dict[int, str]:
-    """Other processes whose arguments or environment name the directory: their command lines by id."""
+    """Other processes whose arguments, environment or working folder name it: their command lines by id."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command, environment = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+            folder = os.fsencode((process / "cwd").readlink())
         except (FileNotFoundError, PermissionError, ProcessLookupError):
             continue
-        if str(directory).encode() in command + environment and int(process.name) != os.getpid():
+        if str(directory).encode() in command + environment + folder and int(process.name) != os.getpid():
             found[int(process.name)] = command.replace(b"\0", b" ").decode()
     return found
 
