@@ -1,0 +1,1 @@
+"""A tiny Stable Diffusion that draws coloured shapes, and how it was trained."""
