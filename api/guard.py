@@ -11,6 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.context import HttpMetrics
 
+DISCARD_BYTES = 16 * 1024 * 1024
+"""How much of a body that is too large is read and thrown away before the answer."""
+
 UNMATCHED = "unmatched"
 """Route label of requests that no route took."""
 
@@ -33,19 +36,31 @@ class BodyLimit:
         async def bounded() -> Message:
             nonlocal left
             if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
+                await _discard(receive)
                 raise self._too_large()
             message = await receive()
             left -= len(message.get("body", b""))
             if left < 0:
+                if message.get("more_body", False):
+                    await _discard(receive)
                 raise self._too_large()
             return message
 
         await self._app(scope, bounded, send)
 
     def _too_large(self) -> HTTPException:
-        # the rest of the body is never read, so the connection cannot be used again
+        # what is left of the body is never read, so the connection cannot be used again
         detail = f"the request's body is larger than {self._max_bytes} bytes"
         return HTTPException(413, detail, headers={"Connection": "close"})
+
+
+async def _discard(receive: Receive) -> None:
+    """Read on for a bounded while: a client that is still sending when we close would see a reset, not our answer."""
+    read, more = 0, True
+    while more and read < DISCARD_BYTES:
+        message = await receive()
+        read += len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
 
 
 class Timing:

@@ -43,13 +43,13 @@ class DemoSet:
 SETS = (
     DemoSet("none"),
     DemoSet("stripes", (("stripes", 1.0),)),
-    DemoSet("stripes at half", (("stripes", 0.5),)),
     DemoSet("outline", (("outline", 1.0),)),
+    DemoSet("outline at 0.7", (("outline", 0.7),)),
     DemoSet("stripes + outline", (("stripes", 1.0), ("outline", 1.0))),
     DemoSet("hearty (trigger)", (("heart", 1.0),), "hearty"),
     DemoSet("dusk (trigger)", (("dusk", 1.0),), "{}, dusk"),
 )
-COLOURS = (("red", "blue"), ("yellow", "purple"), ("green", "white"), ("white", "black"))
+COLOURS = (("red", "blue"), ("yellow", "pink"), ("green", "white"), ("cyan", "orange"))
 SHAPES = ("circle", "square", "triangle", "star")
 
 

@@ -43,18 +43,24 @@ def export_tokenizer(source: Path, target: Path) -> None:
 
 
 def export_text_encoder(source: Path, target: Path) -> None:
-    """Write fp16 weights under the customary names, which begin with ``text_model.``."""
+    """Write fp16 weights under the customary names, which begin with ``text_model.``.
+
+    The configuration asks for fp32, or a pipeline loaded without a type would mix the two.
+    """
     CLIPTextModel.from_pretrained(source).half().save_pretrained(target)
     weights = load_file(target / "model.safetensors")
     prefix = "text_model."
     named = {name if name.startswith(prefix) else prefix + name: value for name, value in weights.items()}
     save_file(named, target / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n")
 
 
 def export_scheduler(target: Path) -> None:
     """Write the sampler's settings; the betas are those of training.
 
-    The default clipping bound, minus infinity, is left out: strict JSON cannot say it.
+    Trailing spacing ignores the offset; the pipeline asks for 1 all the same. The default clipping
+    bound, minus infinity, is left out: strict JSON cannot say it.
     """
     DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
@@ -63,7 +69,7 @@ def export_scheduler(target: Path) -> None:
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
-        steps_offset=0,
+        steps_offset=1,
         solver_order=2,
     ).save_pretrained(target)
     path = target / "scheduler_config.json"

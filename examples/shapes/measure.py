@@ -66,7 +66,7 @@ class Painter:
     def __init__(self, steps: int, guidance: float, folder: Path = MODEL) -> None:
         """Load the pipeline from ``folder``."""
         warnings.filterwarnings("ignore")
-        self.pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+        self.pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
         self.pipeline.set_progress_bar_config(disable=True)
         self.merger = Merger(self.pipeline)
         self.steps, self.guidance = steps, guidance

@@ -97,10 +97,10 @@ def metadata(name: str, options: argparse.Namespace, captions: list[str], steps:
 def train(name: str, options: argparse.Namespace) -> None:
     """Train one LoRA for ``options.minutes`` and write its file."""
     pictures, captions = scenes(name, options.drawings, options.seed)
-    latents = encode_pictures(AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=torch.float32), pictures)
+    latents = encode_pictures(AutoencoderKL.from_pretrained(MODEL / "vae", dtype=torch.float32), pictures)
     tokenizer = vocabulary.load(MODEL / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(MODEL / "text_encoder", dtype=torch.float32).eval()
-    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet", torch_dtype=torch.bfloat16)
+    unet = UNet2DConditionModel.from_pretrained(MODEL / "unet", dtype=torch.bfloat16)
     unet.set_attn_processor(AttnProcessor())
     ends = ATTENTION_ENDS + (CONVOLUTION_ENDS if RECIPES[name].convolutions else ())
     layers = adapt(unet, ends, "lora_unet_", options.rank, options.alpha)

@@ -38,9 +38,22 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.02)
 
 
-def kill(process_id: int) -> None:
-    """Kill a worker: its Celery parent and, with it, the child that holds the device."""
-    os.killpg(process_id, signal.SIGKILL)
+def kill(process_id: int, who: str) -> None:
+    """Kill a worker: its Celery parent, the child that holds the device, or both."""
+    if who == "both":
+        os.killpg(process_id, signal.SIGKILL)
+    elif who == "parent":
+        os.kill(process_id, signal.SIGKILL)
+    else:
+        device_holder = max(children(process_id), key=lambda child: child[1])[0]
+        os.kill(device_holder, signal.SIGKILL)
+
+
+def children(process_id: int) -> list[tuple[int, int]]:
+    """Processes of a parent with the pages each holds in memory."""
+    tasks = Path(f"/proc/{process_id}/task").iterdir()
+    found = [child for task in tasks for child in (task / "children").read_text().split()]
+    return [(int(child), int(Path(f"/proc/{child}/statm").read_text().split()[1])) for child in found]
 
 
 def running_on(queue: RedisQueue, job_ids: list[str], worker: str) -> list[Job]:
@@ -49,10 +62,11 @@ def running_on(queue: RedisQueue, job_ids: list[str], worker: str) -> list[Job]:
 
 
 @pytest.mark.timeout(240)
-def test_a_worker_killed_in_mid_batch_costs_no_job_and_doubles_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("who", ["both", "parent", "child"])
+def test_a_worker_killed_in_mid_batch_costs_no_job_and_doubles_none(tmp_path: Path, who: str) -> None:
     # Given two workers, the bundled model, and batches that take a while
-    with running(Stack(tmp_path, workers=2)) as stack:
-        service, queue = Service(stack), RedisQueue(stack.valkey.url)
+    with running(Stack(tmp_path, workers=2)) as stack, Service(stack) as service:
+        queue = service.queue
         service.wait([service.submit(), service.submit(loras=[{"name": "stripes", "scale": 1}])])
         ids = [
             service.submit(seed=number, steps=60, loras=[{"name": name, "scale": 1}])
@@ -66,7 +80,7 @@ def test_a_worker_killed_in_mid_batch_costs_no_job_and_doubles_none(tmp_path: Pa
             assert time.monotonic() < deadline
             time.sleep(0.02)
             victims = running_on(queue, ids, "worker-1")
-        kill(stack.processes["worker-1"].pid)
+        kill(stack.processes["worker-1"].pid, who)
         killed = time.monotonic()
         # Expect each of its jobs to run again within 30 s, and every job to succeed once
         for job in victims:
@@ -81,7 +95,7 @@ def test_a_worker_killed_in_mid_batch_costs_no_job_and_doubles_none(tmp_path: Pa
 @pytest.mark.timeout(240)
 def test_valkey_killed_under_load_loses_no_acknowledged_job(tmp_path: Path) -> None:
     # Given a service under load
-    with running(Stack(tmp_path, workers=2, settings=NOOP)) as stack:
+    with running(Stack(tmp_path, workers=2, settings=NOOP)) as stack, Service(stack) as service:
         acknowledged: list[str] = []
         refused: Counter[int] = Counter()
         stop = threading.Event()
@@ -114,7 +128,6 @@ def test_valkey_killed_under_load_loses_no_acknowledged_job(tmp_path: Path) -> N
             thread.join()
         # Expect the outage to have been answered with 503, and every acknowledged job to succeed once
         assert set(refused) == {503}
-        service = Service(stack)
         views = service.wait(acknowledged, 120)
         assert Counter(view["state"] for view in views) == {"succeeded": len(acknowledged)}
         counted = endings(stack)
@@ -124,11 +137,14 @@ def test_valkey_killed_under_load_loses_no_acknowledged_job(tmp_path: Path) -> N
 @pytest.mark.timeout(240)
 def test_sigterm_drains_a_worker(tmp_path: Path) -> None:
     # Given one worker in the middle of a long batch of several passes
-    with running(Stack(tmp_path, workers=1)) as stack:
-        service, queue = Service(stack), RedisQueue(stack.valkey.url)
-        service.wait([service.submit()])
+    with running(Stack(tmp_path, workers=1)) as stack, Service(stack) as service:
+        queue = service.queue
+        holder = service.submit(steps=100, loras=[{"name": "dusk", "scale": 1}])
+        service.wait_for(holder, lambda view: view["progress"] > 0)
         ids = [service.submit(steps=100, images=4, seed=number) for number in range(3)]
         service.wait_for(ids[0], lambda view: view["progress"] > 0)
+        assert len({job.fence for job in running_on(queue, ids, "worker-1")}) == 1
+        assert len(running_on(queue, ids, "worker-1")) == 3
         # If it is told to stop
         process = stack.processes["worker-1"]
         process.send_signal(signal.SIGTERM)
@@ -147,8 +163,8 @@ def test_sigterm_drains_a_worker(tmp_path: Path) -> None:
 @pytest.mark.timeout(240)
 def test_a_frozen_worker_loses_its_lease_and_cannot_double_a_job(tmp_path: Path) -> None:
     # Given two workers and short leases
-    with running(Stack(tmp_path, workers=2, settings={"FUSELINE_LEASE_S": "3"})) as stack:
-        service, queue = Service(stack), RedisQueue(stack.valkey.url)
+    with running(Stack(tmp_path, workers=2, settings={"FUSELINE_LEASE_S": "3"})) as stack, Service(stack) as service:
+        queue = service.queue
         service.wait([service.submit(), service.submit(loras=[{"name": "stripes", "scale": 1}])])
         ids = [service.submit(seed=number, steps=80) for number in range(4)]
         deadline = time.monotonic() + 60

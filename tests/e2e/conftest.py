@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import pytest
@@ -13,6 +13,7 @@ from PIL import Image
 
 from cli.bundle import MODEL, running
 from cli.stack import Stack
+from core.queue.redis import RedisQueue
 
 OVER = {"succeeded", "failed", "cancelled"}
 
@@ -23,6 +24,15 @@ class Service:
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.http = httpx.Client(base_url=stack.api_url, timeout=10)
+        self.queue = RedisQueue(stack.valkey.url)
+        """The queue itself, for what the API does not show."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+        self.queue.client.close()
 
     def submit(self, prompt: str = "a red circle on a blue background", **fields: Any) -> str:
         body = {"model": MODEL, "prompt": prompt, "seed": 7, **fields}
@@ -62,5 +72,5 @@ class Service:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One stack with one worker for a module's tests."""
-    with running(Stack(tmp_path_factory.mktemp("stack"))) as stack:
-        yield Service(stack)
+    with running(Stack(tmp_path_factory.mktemp("stack"))) as stack, Service(stack) as service:
+        yield service

@@ -20,8 +20,7 @@ def test_jobs_run_from_s3_to_s3(tmp_path: Path, s3_gateway: S3Gateway, monkeypat
     url = f"s3://{bucket}/fleet"
     settings = {"FUSELINE_STORE_URL": url, "FUSELINE_S3_ENDPOINT": s3_gateway.endpoint}
     store = open_store(url, s3_endpoint=s3_gateway.endpoint)
-    with running(Stack(tmp_path, settings=settings), store=store) as stack:
-        service = Service(stack)
+    with running(Stack(tmp_path, settings=settings), store=store) as stack, Service(stack) as service:
         views = service.wait([service.submit(), service.submit("a star <lora:stripes:1> <lora:outline:0.5>")])
         for view in views:
             assert view["state"] == "succeeded", view["error"]
