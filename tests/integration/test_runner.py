@@ -262,7 +262,7 @@ def test_a_missing_lora_fails_its_jobs_with_its_name(world: World) -> None:
 def test_a_job_may_go_on_without_a_lora_but_says_so(world: World) -> None:
     gone, there = world.lora("gone"), world.lora("there")
     world.store.delete(gone.key)
-    ids = [world.submit(gone, there, on_lora_error=policy) for policy in ("fail", "continue")]  # type: ignore[arg-type]
+    ids = [world.submit(gone, there, on_lora_error=policy) for policy in ("fail", "continue")]
     world.work()
     assert world.states() == ["failed", "succeeded"]
     result = world.job(ids[1]).result

@@ -112,7 +112,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # libraries warn of their own next releases while they load
-            pipeline = diffusers.StableDiffusionPipeline.from_pretrained(  # type: ignore[no-untyped-call, unused-ignore]
+            pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
                 folder,
                 torch_dtype=dtype,
                 use_safetensors=True,
