@@ -275,6 +275,8 @@ class Runner:
                 continue
             retry_in_s = self._backoff_s(job.attempt) if error.retryable else None
             message = _named(str(error), job.spec)
+            if error.blame == "server":
+                _log.warning("job %s: %s: %s", job.id, error.code, message)
             told = JobError(code=error.code, message=message, retryable=error.retryable, blame=error.blame)
             call = partial(self._queue.fail, batch.lease.fence, job.id, told, retry_in_s=retry_in_s)
             state = _patiently(QueueUnavailable, call)

@@ -141,7 +141,7 @@ def test_sigterm_drains_a_worker(tmp_path: Path) -> None:
         queue = service.queue
         holder = service.submit(steps=100, loras=[{"name": "dusk", "scale": 1}])
         service.wait_for(holder, lambda view: view["progress"] > 0)
-        ids = [service.submit(steps=100, images=4, seed=number) for number in range(3)]
+        ids = [service.submit(steps=60, images=4, seed=number) for number in range(3)]
         service.wait_for(ids[0], lambda view: view["progress"] > 0)
         assert len({job.fence for job in running_on(queue, ids, "worker-1")}) == 1
         assert len(running_on(queue, ids, "worker-1")) == 3

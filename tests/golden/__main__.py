@@ -9,7 +9,7 @@ def main() -> None:
         text = content()
         changed = not path.exists() or path.read_text() != text
         path.write_text(text)
-        print(f"{'rewrote' if changed else 'unchanged'} {path}")  # noqa: T201 - a command
+        print(f"{'rewrote' if changed else 'unchanged'} {path}")
 
 
 if __name__ == "__main__":

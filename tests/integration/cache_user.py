@@ -28,7 +28,7 @@ class HalfStore(LocalStore):
 
 
 def say_and_stay(what: str) -> None:
-    print(what, flush=True)  # noqa: T201 - read by the test
+    print(what, flush=True)
     sys.stdin.read()
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     if mode == "use":
         use(cache, needs, int(sys.argv[5]), int(sys.argv[6]))
         assert all(event.used_bytes <= int(budget) for event in events if isinstance(event, CacheSized))
-        print(sum(isinstance(event, FileFetched) for event in events))  # noqa: T201 - read by the test
+        print(sum(isinstance(event, FileFetched) for event in events))
     else:
         with cache.files(needs):
             say_and_stay("pinned")

@@ -10,7 +10,7 @@ import torch
 
 from core.errors import LoraError, LoraFileInvalid, LoraUnmatched, LoraUnsupported
 from core.safetensors_header import Header, base_hint, parse_header, tensor_digest
-from tests.conftest import SHARED, need
+from tests.conftest import SHARED
 from tests.lora_samples import ref_of, write
 from worker.lora.adapters.lora import LowRank
 from worker.lora.file import read
@@ -25,7 +25,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 @pytest.fixture(autouse=True, scope="module")
 def shared_data() -> None:
-    need(FILES.is_dir(), "the reference data in ../shared/data/lora")
+    if not FILES.is_dir():
+        pytest.skip("the reference LoRA files are not part of a clone")
 
 
 def manifest(name: str) -> Shapes:

@@ -336,7 +336,7 @@ RARE = {*JobState, "refused", "overtaken to the limit", "dead", "QueueFull", "Id
 
 @pytest.mark.timeout(400)
 def test_the_scripts_do_what_the_twin_does(redis_url: str) -> None:
-    reached = explore(redis_url, examples=40, steps=60)
+    reached = explore(redis_url, examples=150, steps=60)
 
     assert {name for name in RARE if reached[name]} == RARE
 
