@@ -19,7 +19,8 @@ from core.errors import EngineBroken, EngineFailed, EngineOutOfMemory, ModelInva
 from worker.engine.base import ImagePrompt, OnStep, Shape
 
 _SCHEDULERS: Mapping[str, tuple[type[Any], Mapping[str, Any]]] = {
-    "DDIM": (diffusers.DDIMScheduler, {}),
+    # its defaults are for images as such: latents must not be clipped
+    "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "DPM++ 2M": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "DPM++ 2M Karras": (
         diffusers.DPMSolverMultistepScheduler,
